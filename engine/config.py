@@ -3,8 +3,10 @@
 No torch here: `lmdserve --help` is built from this file. `server/options.py` turns the fields into arguments.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
+
+from .api import ConfigError
 
 ModelFormat = Literal["auto", "hf", "awq", "gptq"]
 QuantPolicy = Literal[0, 4, 8]
@@ -12,9 +14,20 @@ Dtype = Literal["auto", "float16", "bfloat16", "float32"]
 Device = Literal["auto", "cuda", "cpu"]
 
 
-def option(default: Any, text: str, *, metavar: str | None = None) -> Any:
+def option(default: Any, text: str, *, at_least: float | None = None, at_most: float | None = None) -> Any:
     """Return a dataclass field that `server/options.py` shows as a command-line option with this help text."""
-    return field(default=default, metadata={"help": text, "metavar": metavar})
+    return field(default=default, metadata={"help": text, "at_least": at_least, "at_most": at_most})
+
+
+def check_bounds(config: Any) -> None:
+    """Raise ConfigError for the first field of an options dataclass that lies outside its bounds."""
+    for entry in fields(config):
+        value, low, high = getattr(config, entry.name), entry.metadata["at_least"], entry.metadata["at_most"]
+        name = "--" + entry.name.replace("_", "-")
+        if value is not None and low is not None and value < low:
+            raise ConfigError(f"{name} is {value}; give {low} or more")
+        if value is not None and high is not None and value > high:
+            raise ConfigError(f"{name} is {value}; give {high} or less")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,14 +39,21 @@ class EngineConfig:
     model_format: ModelFormat = option("auto", "weight format; auto reads it from config.json")
     dtype: Dtype = option("auto", "compute type; auto: the checkpoint's on a GPU, float32 on a CPU")
     device: Device = option("auto", "where to run; auto: a GPU when there is one")
-    tp: int = option(1, "number of GPUs to split the model over (only 1 so far)")
+    tp: int = option(1, "number of GPUs to split the model over (only 1 so far)", at_least=1)
     quant_policy: QuantPolicy = option(0, "KV cache bits: 0 as computed, 8 or 4 quantized per token and head")
-    session_len: int | None = option(None, "longest prompt plus answer, tokens; default: the model's context length")
-    max_batch_size: int = option(64, "most sequences that run at once")
-    max_prefill_token_num: int = option(2048, "most prompt tokens computed in one step; longer prompts take several")
-    max_queue_size: int = option(512, "most requests that wait; one more is refused with 429")
-    cache_max_entry_count: float = option(
-        0.8, "share of free memory for the KV cache when below 1, number of KV blocks when above"
+    session_len: int | None = option(
+        None, "longest prompt plus answer, tokens; default: the model's context length", at_least=2
     )
-    cache_block_seq_len: int = option(64, "tokens in one KV block")
+    max_batch_size: int = option(64, "most sequences that run at once", at_least=1)
+    max_prefill_token_num: int = option(
+        2048, "most prompt tokens computed in one step; longer prompts take several", at_least=1
+    )
+    max_queue_size: int = option(512, "most requests that wait; one more is refused with 429", at_least=0)
+    cache_max_entry_count: float = option(
+        0.8, "share of free memory for the KV cache when below 1, number of KV blocks when above", at_least=0.001
+    )
+    cache_block_seq_len: int = option(64, "tokens in one KV block", at_least=1)
     enable_prefix_caching: bool = option(True, "reuse the KV blocks of equal prompt beginnings")
+
+    def __post_init__(self) -> None:
+        check_bounds(self)

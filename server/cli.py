@@ -1,0 +1,143 @@
+"""The command `lmdserve`: arguments -> configs -> engine -> app. The only place that wires the house together.
+
+Everything heavy (torch, aiohttp) is imported inside the functions that need it, so that `--help` answers at once.
+"""
+
+import argparse
+import asyncio
+import dataclasses
+import logging
+import os
+import secrets
+import sys
+from collections.abc import Callable, Coroutine, Sequence
+from typing import TYPE_CHECKING, Any
+
+from lmdserve import __version__
+from lmdserve.engine.api import ConfigError, Engine
+from lmdserve.engine.config import EngineConfig
+
+from .config import ServerConfig
+from .options import OptionParser, add_options, read_options, suggestion
+
+if TYPE_CHECKING:
+    from .model import ServedModel
+
+OVERVIEW = """\
+usage: lmdserve [serve] [--model M] [options]   serve a model over the OpenAI API (the default)
+       lmdserve chat [M] [options]              talk to a model in this terminal, no server needed
+       lmdserve bench [URL] [options]           measure a running server
+       lmdserve COMMAND --help | --version
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line `argv` (without the program's name) and return its exit status."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments and arguments[0] in ("-V", "--version"):
+        print(f"lmdserve {__version__}")
+        return 0
+    name = arguments.pop(0) if arguments and not arguments[0].startswith("-") else "serve"
+    command = COMMANDS.get(name)
+    if command is None:
+        known = ", ".join(COMMANDS)
+        print(f"lmdserve: error: unknown command {name!r}{suggestion(name, COMMANDS)}; the commands are {known}, "
+              "and a model is named with --model", file=sys.stderr)  # fmt: skip
+        return 2
+    try:
+        return command(arguments)
+    except ConfigError as error:
+        print(f"lmdserve: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def serve(arguments: Sequence[str]) -> int:
+    """`lmdserve [serve]`: load the model, listen, and stop cleanly on SIGTERM or Ctrl-C."""
+    parser = OptionParser(prog="lmdserve", usage=OVERVIEW.removeprefix("usage: ").rstrip())
+    engine_config, server_config = _parse(parser, arguments, log_level="INFO")
+    server_config = _with_keys_from_environment(server_config)
+    engine, model = _load(engine_config, server_config)
+
+    from .app import build
+    from .app import serve as run_app
+
+    app = build(engine, model, server_config)
+
+    def announce(url: str) -> None:
+        print(
+            f"lmdserve {__version__} serves {model.name!r} at {url} (OpenAI API: {url}/v1); Ctrl-C stops it", flush=True
+        )
+
+    return _run(run_app(app, server_config, on_listening=announce))
+
+
+def chat(arguments: Sequence[str]) -> int:
+    """`lmdserve chat M`: the REPL of api_client on a server of its own, reachable from this process only."""
+    parser = OptionParser(prog="lmdserve chat", usage="lmdserve chat [M] [options]")
+    engine_config, server_config = _parse(parser, arguments, log_level="WARNING")
+    server_config = dataclasses.replace(
+        server_config, server_name="127.0.0.1", server_port=0, api_keys=(secrets.token_urlsafe(),), shutdown_timeout=1.0
+    )
+    engine, model = _load(engine_config, server_config)
+    return _run(_chat(engine, model, server_config))
+
+
+async def _chat(engine: Engine, model: "ServedModel", config: ServerConfig) -> int:
+    from lmdserve.clients.api_client import run_repl
+    from lmdserve.clients.http import AsyncClient
+
+    from .app import build, listening
+
+    async with listening(build(engine, model, config), config) as url, AsyncClient(url, config.api_keys[0]) as client:
+        return await run_repl(client)
+
+
+def bench(arguments: Sequence[str]) -> int:
+    """`lmdserve bench URL`: the load generator of `clients/bench.py`."""
+    from lmdserve.clients.bench import main as bench_main
+
+    return bench_main(list(arguments))
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"serve": serve, "chat": chat, "bench": bench}
+
+
+def _parse(parser: OptionParser, arguments: Sequence[str], *, log_level: str) -> tuple[EngineConfig, ServerConfig]:
+    parser.add_argument("model_argument", nargs="?", metavar="M", help=argparse.SUPPRESS)
+    add_options(parser, EngineConfig, title="model and engine")
+    add_options(parser, ServerConfig, title="server")
+    parser.set_defaults(log_level=log_level)
+    namespace = parser.parse_known(arguments)
+    if namespace.model_argument is not None:
+        namespace.model = namespace.model_argument
+    engine_config, server_config = read_options(EngineConfig, namespace), read_options(ServerConfig, namespace)
+    logging.basicConfig(level=server_config.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    return engine_config, server_config
+
+
+def _with_keys_from_environment(config: ServerConfig) -> ServerConfig:
+    from_environment = os.environ.get("LMDSERVE_API_KEYS", "").split(",")
+    keys = dict.fromkeys((*config.api_keys, *(key.strip() for key in from_environment if key.strip())))
+    return dataclasses.replace(config, api_keys=tuple(keys))
+
+
+def _load(engine_config: EngineConfig, server_config: ServerConfig) -> tuple[Engine, "ServedModel"]:
+    """Load weights, tokenizer and chat template; everything that can be wrong with them is a ConfigError."""
+    from lmdserve.engine.loader import resolve_model_folder
+    from lmdserve.engine.loop import load_engine
+
+    from .model import load_served_model
+
+    folder = resolve_model_folder(engine_config.model, engine_config.revision)
+    name = server_config.model_name or os.path.basename(engine_config.model.rstrip("/"))
+    model = load_served_model(folder, name=name, chat_template=server_config.chat_template)
+    return load_engine(dataclasses.replace(engine_config, model=str(folder))), model
+
+
+def _run(main_task: Coroutine[Any, Any, int]) -> int:
+    import uvloop
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(main_task)
