@@ -1,0 +1,256 @@
+"""`from lmdserve import pipeline`: a model inside your own program, without HTTP.
+
+The engine runs on an event loop in a thread of its own, so a pipeline works the same in a plain script, in a notebook
+(whose loop is already running) and inside an asyncio program. Prompts are chats: a string is one user message.
+"""
+
+import asyncio
+import contextlib
+import dataclasses
+import itertools
+import queue
+import threading
+import uuid
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self
+
+from lmdserve.engine.api import Engine, Request, SamplingParams, TokenLogprob
+from lmdserve.engine.config import EngineConfig
+
+from .model import ServedModel, load_served_model
+from .text import IncrementalDecoder, StopStrings
+
+Message = Mapping[str, Any]
+Prompt = str | Sequence[Message]
+
+CLOSE_TIMEOUT_S = 10.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationConfig:
+    """How to generate, in LMDeploy's names. Greedy unless `do_sample`; then the sampling fields apply."""
+
+    max_new_tokens: int = 512
+    min_new_tokens: int = 0
+    do_sample: bool = False
+    temperature: float = 0.8
+    top_p: float = 1.0
+    top_k: int = 50
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    random_seed: int | None = None
+    stop_words: Sequence[str] = ()
+    stop_token_ids: Sequence[int] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+
+    def sampling(self, turn_end_ids: frozenset[int]) -> SamplingParams:
+        """Return the engine's parameters; `turn_end_ids` end an answer unless `ignore_eos`."""
+        return SamplingParams(
+            temperature=self.temperature if self.do_sample else 0.0,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            min_p=self.min_p,
+            seed=self.random_seed,
+            repetition_penalty=self.repetition_penalty,
+            max_tokens=self.max_new_tokens,
+            min_tokens=self.min_new_tokens,
+            stop_token_ids=frozenset(self.stop_token_ids) | (frozenset() if self.ignore_eos else turn_end_ids),
+            ignore_eos=self.ignore_eos,
+            num_logprobs=self.logprobs,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Response:
+    """An answer, or the next piece of one when streaming (then `text`, `token_ids`, `logprobs` are what is new)."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    index: int  # which prompt this answers
+    input_token_len: int
+    generate_token_len: int
+    finish_reason: str | None  # "stop", "length" or "abort"; None while more comes
+    logprobs: tuple[TokenLogprob, ...] | None = None
+
+
+class Pipeline:
+    """A loaded model. Use as a context manager, or call `close`; at exit of the program it ends by itself."""
+
+    def __init__(self, engine: Engine, model: ServedModel) -> None:
+        self._engine = engine
+        self._model = model
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="lmdserve-pipeline", daemon=True)
+        self._thread.start()
+        asyncio.run_coroutine_threadsafe(engine.start(), self._loop).result()
+
+    def __call__(
+        self, prompts: Prompt | Sequence[Prompt], gen_config: GenerationConfig | None = None
+    ) -> Response | list[Response]:
+        """Answer one prompt (a Response) or a list of prompts (a list in the same order), batched by the engine."""
+        if _is_one_prompt(prompts):
+            return self._answer_all([prompts], gen_config)[0]  # type: ignore[list-item]
+        return self._answer_all(prompts, gen_config)  # type: ignore[arg-type]
+
+    def stream_infer(
+        self, prompts: Prompt | Sequence[Prompt], gen_config: GenerationConfig | None = None
+    ) -> Iterator[Response]:
+        """Yield pieces of the answers as they come; `index` tells which prompt a piece belongs to."""
+        pieces: queue.SimpleQueue[Response | BaseException | None] = queue.SimpleQueue()
+        producer = asyncio.run_coroutine_threadsafe(
+            self._produce(_as_list(prompts), gen_config, pieces.put), self._loop
+        )
+        try:
+            while (piece := pieces.get()) is not None:
+                if isinstance(piece, BaseException):
+                    raise piece
+                yield piece
+        finally:
+            producer.cancel()
+
+    async def astream_infer(
+        self, prompts: Prompt | Sequence[Prompt], gen_config: GenerationConfig | None = None
+    ) -> AsyncIterator[Response]:
+        """`stream_infer` for asyncio programs: never blocks the caller's event loop."""
+        caller = asyncio.get_running_loop()
+        pieces: asyncio.Queue[Response | BaseException | None] = asyncio.Queue()
+
+        def put(piece: Response | BaseException | None) -> None:
+            caller.call_soon_threadsafe(pieces.put_nowait, piece)
+
+        producer = asyncio.run_coroutine_threadsafe(self._produce(_as_list(prompts), gen_config, put), self._loop)
+        try:
+            while (piece := await pieces.get()) is not None:
+                if isinstance(piece, BaseException):
+                    raise piece
+                yield piece
+        finally:
+            producer.cancel()
+
+    async def ainfer(
+        self, prompts: Prompt | Sequence[Prompt], gen_config: GenerationConfig | None = None
+    ) -> Response | list[Response]:
+        """`pipe(...)` for asyncio programs."""
+        answers = _fold([piece async for piece in self.astream_infer(prompts, gen_config)], len(_as_list(prompts)))
+        return answers[0] if _is_one_prompt(prompts) else answers
+
+    def close(self) -> None:
+        """Stop the engine and its thread; running answers are ended. Closing twice is harmless."""
+        if not self._thread.is_alive():
+            return
+        asyncio.run_coroutine_threadsafe(self._engine.stop(0.0), self._loop).result(CLOSE_TIMEOUT_S)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(CLOSE_TIMEOUT_S)
+        self._loop.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _answer_all(self, prompts: Sequence[Prompt], gen_config: GenerationConfig | None) -> list[Response]:
+        return _fold(list(self.stream_infer(prompts, gen_config)), len(prompts))
+
+    async def _produce(
+        self,
+        prompts: Sequence[Prompt],
+        gen_config: GenerationConfig | None,
+        put: Callable[[Response | BaseException | None], None],
+    ) -> None:
+        """Generate all answers at once and hand each piece to `put`; then None, or the error that ended it."""
+        config = gen_config or GenerationConfig()
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                for index, prompt in enumerate(prompts):
+                    tasks.create_task(self._produce_one(index, prompt, config, put))
+        except BaseExceptionGroup as group:
+            put(group.exceptions[0])
+        else:
+            put(None)
+
+    async def _produce_one(
+        self, index: int, prompt: Prompt, config: GenerationConfig, put: Callable[[Response], None]
+    ) -> None:
+        messages: Sequence[Message] = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        renderer, tokenizer = self._model.renderer, self._model.tokenizer
+        prompt_token_ids = renderer.render(messages)
+        request = Request(
+            uid=f"pipeline-{uuid.uuid4().hex}",
+            prompt_token_ids=prompt_token_ids,
+            sampling=config.sampling(renderer.stop_token_ids),
+        )
+        decoder, stops = IncrementalDecoder(tokenizer), StopStrings(config.stop_words)
+        num_generated = 0
+        async with contextlib.aclosing(self._engine.generate(request)) as chunks:  # type: ignore[type-var]
+            async for chunk in chunks:
+                num_generated += len(chunk.token_ids)
+                pieces = [piece for piece in decoder.feed(chunk.token_ids) if type(piece) is str]
+                result = stops.feed("".join(pieces))
+                text, finish_reason = result.text, chunk.finish_reason.value if chunk.finish_reason else None
+                if result.matched is not None:
+                    finish_reason = "stop"
+                elif finish_reason is not None:
+                    text += stops.feed(decoder.flush()).text + stops.flush()
+                put(
+                    Response(
+                        text=text,
+                        token_ids=chunk.token_ids,
+                        index=index,
+                        input_token_len=len(prompt_token_ids),
+                        generate_token_len=num_generated,
+                        finish_reason=finish_reason,
+                        logprobs=chunk.logprobs,
+                    )
+                )
+                if finish_reason is not None:
+                    return
+
+
+def pipeline(model: str = "demo", engine_config: EngineConfig | None = None, **options: Any) -> Pipeline:
+    """Load `model` (folder, hub name or "demo") and return a Pipeline.
+
+    `options` are the fields of EngineConfig, as in `pipeline("demo", quant_policy=8)`; or give an `engine_config`.
+    Raises ConfigError when the model or an option is wrong.
+    """
+    from lmdserve.engine.loader import resolve_model_folder
+    from lmdserve.engine.loop import load_engine
+
+    config = dataclasses.replace(engine_config or EngineConfig(), model=model, **options)
+    folder = resolve_model_folder(config.model, config.revision)
+    served = load_served_model(folder, name=model, chat_template=None)
+    return Pipeline(load_engine(dataclasses.replace(config, model=str(folder))), served)
+
+
+def _is_one_prompt(prompts: Prompt | Sequence[Prompt]) -> bool:
+    return isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], Mapping))
+
+
+def _as_list(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:
+    return [prompts] if _is_one_prompt(prompts) else prompts  # type: ignore[list-item,return-value]
+
+
+def _fold(pieces: Sequence[Response], num_prompts: int) -> list[Response]:
+    """Join the pieces of each answer into one Response, in the order of the prompts."""
+    by_index: list[list[Response]] = [[] for _ in range(num_prompts)]
+    for piece in pieces:
+        by_index[piece.index].append(piece)
+    return [
+        dataclasses.replace(
+            parts[-1],
+            text="".join(part.text for part in parts),
+            token_ids=tuple(itertools.chain.from_iterable(part.token_ids for part in parts)),
+            logprobs=_join_logprobs(parts),
+        )
+        for parts in by_index
+    ]
+
+
+def _join_logprobs(parts: Sequence[Response]) -> tuple[TokenLogprob, ...] | None:
+    known = [part.logprobs for part in parts if part.logprobs is not None]
+    return tuple(itertools.chain.from_iterable(known)) if known else None
