@@ -11,16 +11,17 @@ import itertools
 import queue
 import threading
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, cast
 
-from lmdserve.engine.api import Engine, Request, SamplingParams, TokenLogprob
+from lmdserve.engine.api import Chunk, Engine, Request, SamplingParams, TokenLogprob
 from lmdserve.engine.config import EngineConfig
+from lmdserve.tools.api import ContentDelta
 
+from .choices import ChoicePlan, ChoiceStream
 from .model import ServedModel, load_served_model
-from .text import IncrementalDecoder, StopStrings
 
 Message = Mapping[str, Any]
 Prompt = str | Sequence[Message]
@@ -178,37 +179,29 @@ class Pipeline:
         self, index: int, prompt: Prompt, config: GenerationConfig, put: Callable[[Response], None]
     ) -> None:
         messages: Sequence[Message] = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        renderer, tokenizer = self._model.renderer, self._model.tokenizer
-        prompt_token_ids = renderer.render(messages)
+        renderer = self._model.renderer
         request = Request(
             uid=f"pipeline-{uuid.uuid4().hex}",
-            prompt_token_ids=prompt_token_ids,
+            prompt_token_ids=renderer.render(messages),
             sampling=config.sampling(renderer.stop_token_ids),
         )
-        decoder, stops = IncrementalDecoder(tokenizer), StopStrings(config.stop_words)
-        num_generated = 0
-        async with contextlib.aclosing(self._engine.generate(request)) as chunks:  # type: ignore[type-var]
+        plan = ChoicePlan(index=index, request=request, stops=tuple(config.stop_words))
+        choice = ChoiceStream(plan, self._model.tokenizer)
+        async with contextlib.aclosing(cast("AsyncGenerator[Chunk, None]", self._engine.generate(request))) as chunks:
             async for chunk in chunks:
-                num_generated += len(chunk.token_ids)
-                pieces = [piece for piece in decoder.feed(chunk.token_ids) if type(piece) is str]
-                result = stops.feed("".join(pieces))
-                text, finish_reason = result.text, chunk.finish_reason.value if chunk.finish_reason else None
-                if result.matched is not None:
-                    finish_reason = "stop"
-                elif finish_reason is not None:
-                    text += stops.feed(decoder.flush()).text + stops.flush()
+                update = choice.feed(chunk)
                 put(
                     Response(
-                        text=text,
+                        text="".join(event.text for event in update.events if isinstance(event, ContentDelta)),
                         token_ids=chunk.token_ids,
                         index=index,
-                        input_token_len=len(prompt_token_ids),
-                        generate_token_len=num_generated,
-                        finish_reason=finish_reason,
+                        input_token_len=choice.num_prompt_tokens,
+                        generate_token_len=choice.num_completion_tokens,
+                        finish_reason=update.finish_reason,
                         logprobs=chunk.logprobs,
                     )
                 )
-                if finish_reason is not None:
+                if choice.is_over:
                     return
 
 
