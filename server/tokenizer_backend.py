@@ -124,9 +124,9 @@ def _added_tokens_of_json(data: Mapping[str, Any], config: Mapping[str, Any]) ->
     vocabulary = (data.get("model") or {}).get("vocab")
     ids = {token.text: token_id for token_id, token in added.items()}
     for text in _named_tokens(config).values():
-        token_id = ids.get(text, vocabulary.get(text) if isinstance(vocabulary, dict) else None)
-        if token_id is not None:
-            added[token_id] = added.get(token_id, AddedToken(text, is_special=True))._replace(is_special=True)
+        named_id = ids.get(text, vocabulary.get(text) if isinstance(vocabulary, dict) else None)
+        if named_id is not None:
+            added[named_id] = added.get(named_id, AddedToken(text, is_special=True))._replace(is_special=True)
     return added
 
 

@@ -1,0 +1,196 @@
+"""Messages -> the token ids of a prompt, through the model's chat template. Owns which template renders a
+conversation, and the rule that control tokens come from the template alone. Tool schemas and answers are others' work.
+
+User data (contents, names, arguments, schemas) is covered before rendering (provenance.py), so a typed `<|im_end|>`
+stays text. The one exception: `<think>` and `</think>` in an assistant message are what the model itself wrote, and
+templates look for them. Marks that a family writes as ordinary text (`[INST]`, `<|User|>:`) are no tokens, and nothing
+can tell a typed one from a rendered one.
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from lmdserve.tools.api import ControlToken, ToolFormat
+from lmdserve.tools.registry import format_for
+
+from .chat_messages import ChatTemplateError, template_messages
+from .model_folder import read_json_object
+from .provenance import ControlTokenShield
+from .template_env import ChatTemplate
+from .templates import TemplateSource, builtin_template, checkpoint_templates, read_template
+from .text import Tokenizer
+
+__all__ = ["ChatRenderer", "ChatTemplateError"]
+
+logger = logging.getLogger(__name__)
+
+_TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<eoa>", "<|end|>", "<end_of_turn>")
+_REASONING_MARKS = frozenset({"<think>", "</think>"})
+_NO_VARIABLES: Mapping[str, Any] = MappingProxyType({})
+
+
+class ChatRenderer:
+    """Renders conversations for one model. Immutable and safe to share between threads."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        *,
+        template: ChatTemplate | None,
+        tool_template: ChatTemplate | None,
+        tool_format: ToolFormat | None,
+    ) -> None:
+        """`tool_template` renders conversations with tools in them; without one, `template` renders those too."""
+        self._tokenizer = tokenizer
+        self._template = template
+        self._tool_template = tool_template or template
+        self._shield = ControlTokenShield(tokenizer.control_tokens)
+        self.tool_format = tool_format
+        self.stop_token_ids = frozenset(
+            tokenizer.control_tokens[text] for text in _TURN_ENDS if text in tokenizer.control_tokens
+        )
+
+    @classmethod
+    def load(cls, folder: Path, tokenizer: Tokenizer, *, template_path: Path | None = None) -> "ChatRenderer":
+        """Choose the templates of a checkpoint: the file given, else its own, else a built-in of its family.
+
+        A model without any is no error here (base models complete text); rendering then is one.
+        """
+        model_type = str(read_json_object(folder / "config.json").get("model_type", ""))
+        sources = {"default": read_template(template_path)} if template_path else checkpoint_templates(folder)
+        own = sources.get("tool_use", sources.get("default"))
+        tool_format = format_for(model_type, own.text if own else None, tokenizer.control_tokens.keys())
+        default, tool_use = sources.get("default"), sources.get("tool_use")
+        if tool_format is not None and tool_format.chat_template is not None and template_path is None:
+            tool_use = TemplateSource(tool_format.chat_template, f"built-in {tool_format.name} template")
+        if default is None:
+            default = tool_use or builtin_template(model_type, tokenizer.control_tokens)
+            logger.info("no chat template in %s: using %s", folder, default.origin if default else "none")
+        return cls(
+            tokenizer,
+            template=_compiled(default),
+            tool_template=_compiled(tool_use),
+            tool_format=tool_format,
+        )
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] = (),
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        template_kwargs: Mapping[str, Any] = _NO_VARIABLES,
+    ) -> list[int]:
+        """Return the prompt's token ids; ChatTemplateError names what cannot be rendered.
+
+        `continue_final_message` leaves the last message, an assistant's, open for the model to go on with it; otherwise
+        a new assistant turn is opened, unless `add_generation_prompt` is false. `template_kwargs` are further variables
+        for the template (`enable_thinking`), and one that it does not use is an error.
+        """
+        return self._tokenizer.encode_segments(
+            self._segments(messages, tools, add_generation_prompt, continue_final_message, template_kwargs)
+        )
+
+    def render_text(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] = (),
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        template_kwargs: Mapping[str, Any] = _NO_VARIABLES,
+    ) -> str:
+        """Return the prompt as text, for people: real and typed control tokens look alike in it."""
+        return "".join(self._segments(messages, tools, add_generation_prompt, continue_final_message, template_kwargs))
+
+    def _segments(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool,
+        continue_final_message: bool,
+        template_kwargs: Mapping[str, Any],
+    ) -> list[str | ControlToken]:
+        template = self._template_for(messages, tools)
+        prepared = template_messages(messages, knows_environment="environment" in template.source)
+        try:
+            variables = {
+                **self._checked_variables(template, template_kwargs),
+                **self._tokenizer.named_tokens,
+                "messages": self._covered_messages(prepared, continue_final_message=continue_final_message),
+                "tools": self._shield.cover(list(tools)) or None,
+                "documents": None,
+                "add_generation_prompt": add_generation_prompt and not continue_final_message,
+            }
+            rendered = template.render(variables)
+        except ChatTemplateError:
+            raise
+        except RecursionError as error:
+            raise ChatTemplateError("messages or tools are nested too deeply to be rendered", "messages") from error
+        except Exception as error:  # a template is foreign code, and raises what it likes
+            raise ChatTemplateError(f"the model's chat template refuses these messages: {error}", "messages") from error
+        if continue_final_message:
+            rendered = self._cut_at_end_mark(rendered)
+        segments = self._tokenizer.split_control(rendered)
+        return [s if isinstance(s, ControlToken) else self._shield.uncover(s) for s in segments]
+
+    def _template_for(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]) -> ChatTemplate:
+        template = self._tool_template if tools or any(map(_is_about_tools, messages)) else self._template
+        if template is None:
+            raise ChatTemplateError(
+                "this model has no chat template and cannot take messages; use /v1/completions, "
+                "or start the server with --chat-template",
+                "messages",
+            )
+        if tools and "tools" not in template.variables:
+            raise ChatTemplateError("this model's chat template does not take tools; send none", "tools")
+        return template
+
+    def _covered_messages(
+        self, messages: Sequence[Mapping[str, Any]], *, continue_final_message: bool
+    ) -> list[dict[str, Any]]:
+        covered = [self._covered_message(message) for message in messages]
+        if continue_final_message:
+            if messages[-1]["role"] != "assistant" or messages[-1].get("tool_calls"):
+                raise ChatTemplateError(
+                    "only a last message of the assistant, without tool_calls, can be continued",
+                    f"messages[{len(messages) - 1}]",
+                )
+            covered[-1]["content"] += self._shield.end_mark
+        return covered
+
+    def _covered_message(self, message: Mapping[str, Any]) -> dict[str, Any]:
+        allowed = _REASONING_MARKS if message["role"] == "assistant" else ()
+        return {
+            key: value if key == "role" else self._shield.cover(value, allowed=allowed)
+            for key, value in message.items()
+        }
+
+    def _checked_variables(self, template: ChatTemplate, template_kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        reserved = {"messages", "tools", "documents", "add_generation_prompt", *self._tokenizer.named_tokens}
+        for name in template_kwargs:
+            if name in reserved or name not in template.variables:
+                usable = ", ".join(sorted(template.variables - reserved)) or "none"
+                raise ChatTemplateError(
+                    f"chat_template_kwargs.{name} is not a variable of this model's chat template (it has: {usable})",
+                    f"chat_template_kwargs.{name}",
+                )
+        return {name: self._shield.cover(value) for name, value in template_kwargs.items()}
+
+    def _cut_at_end_mark(self, rendered: str) -> str:
+        end = rendered.rfind(self._shield.end_mark)
+        if end < 0:
+            raise ChatTemplateError("this model's chat template hides the last message's text", "messages")
+        return rendered[:end]
+
+
+def _compiled(source: TemplateSource | None) -> ChatTemplate | None:
+    return None if source is None else ChatTemplate(source.text, origin=source.origin)
+
+
+def _is_about_tools(message: Mapping[str, Any]) -> bool:
+    return message.get("role") in ("tool", "environment") or bool(message.get("tool_calls"))
