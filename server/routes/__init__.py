@@ -1,0 +1,23 @@
+"""The table of routes: every path of the API and the handler behind it."""
+
+from aiohttp import web
+
+from . import openai, ops
+
+GENERATING_PATHS = frozenset({"/v1/chat/completions", "/v1/completions"})
+"""The routes that start work on the engine: a server that drains refuses them and answers all others."""
+
+
+def routes() -> list[web.RouteDef]:
+    """Return all routes; GET answers HEAD too."""
+    return [
+        web.post("/v1/chat/completions", openai.create_chat_completion),
+        web.post("/v1/completions", openai.create_completion),
+        web.get("/v1/models", openai.list_models),
+        web.get("/v1/models/{model:.+}", openai.retrieve_model),
+        web.get("/health", ops.health),
+        web.get("/ready", ops.ready),
+        web.get("/version", ops.version),
+        web.get("/metrics", ops.metrics),
+        web.get("/openapi.json", ops.openapi),
+    ]

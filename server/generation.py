@@ -1,0 +1,223 @@
+"""From a valid request to what the engine runs: prompt tokens, sampling parameters, one `ChoicePlan` a choice.
+
+Owns the defaults (request, then the model's generation_config.json, then OpenAI's) and the checks that need the model.
+"""
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+from lmdserve.engine.api import EngineInfo, Request, SamplingParams
+from lmdserve.tools.api import ToolFormat
+from lmdserve.tools.schema import ToolSchemaError, normalize_tools
+
+from .chat import ChatTemplateError
+from .choices import ChoicePlan
+from .errors import BadRequestError, ModelNotFoundError, UnsupportedFieldError
+from .model import ServedModel
+from .protocol import ChatRequest, CompletionRequest, SamplingFields
+
+INLINE_PROMPT_CHARS = 2000  # about 0.5 ms to render and tokenize; more goes to a thread, off the event loop
+MAX_SEED = 2**63
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Planner:
+    """Plans requests for one model; holds what every plan needs."""
+
+    model: ServedModel
+    info: EngineInfo
+    executor: Executor
+
+    def check_model(self, name: str | None) -> None:
+        """Raise ModelNotFoundError for a model that is not served; no name at all means the one that is."""
+        if name is not None and name != self.model.name:
+            raise ModelNotFoundError(
+                f"the model {name[:200]!r} does not exist here; this server serves {self.model.name!r}", param="model"
+            )
+
+    async def plan_chat(self, request: ChatRequest, uid: str) -> list[ChoicePlan]:
+        """Return the n choices of a chat request."""
+        self.check_model(request.model)
+        tools = _tools(request)
+        tool_format = self._tool_format() if tools else None
+        prompt_token_ids = await self._render(request, tools)
+        turn_ends = frozenset() if request.ignore_eos else self.model.renderer.stop_token_ids
+        room = max(1, self.info.session_len - len(prompt_token_ids))
+        sampling = self._sampling(request, request.token_limit or room, request.num_logprobs, turn_ends)
+        plan = ChoicePlan(
+            index=0,
+            request=Request(uid=uid, prompt_token_ids=prompt_token_ids, sampling=sampling),
+            stops=request.stops,
+            tool_format=tool_format,
+            ends_after_first_call=request.parallel_tool_calls is False,
+        )
+        return _choices(plan, uid, request.n or 1)
+
+    async def plan_completion(self, request: CompletionRequest, uid: str) -> list[ChoicePlan]:
+        """Return the choices of a completion request: n of the first prompt, then n of the second, ..."""
+        self.check_model(request.model)
+        sampling = self._sampling(request, max(1, request.token_limit), request.logprobs, frozenset())
+        num_choices = request.n or 1
+        plans: list[ChoicePlan] = []
+        for param, prompt in request.prompts():
+            prompt_token_ids = await self._tokenize(param, prompt)
+            echo = self._echo(prompt, prompt_token_ids) if request.echo else None
+            plan = ChoicePlan(
+                index=len(plans),
+                request=Request(
+                    uid=uid,
+                    prompt_token_ids=prompt_token_ids,
+                    sampling=sampling,
+                    num_prompt_logprobs=request.logprobs if request.echo else None,
+                ),
+                stops=request.stops,
+                echo=echo,
+                is_echo_only=request.token_limit == 0,
+            )
+            plans += _choices(plan, uid, num_choices)
+        return plans
+
+    async def _render(self, request: ChatRequest, tools: Sequence[Mapping[str, Any]]) -> list[int]:
+        messages = [message.for_template() for message in request.messages]
+        renderer, template_kwargs = self.model.renderer, request.chat_template_kwargs or {}
+
+        def render() -> list[int]:
+            return renderer.render(
+                messages,
+                tools=tools,
+                add_generation_prompt=request.add_generation_prompt is not False,
+                continue_final_message=bool(request.continue_final_message),
+                template_kwargs=template_kwargs,
+            )
+
+        try:
+            return await self._off_loop_if_long(_num_chars(messages) + _num_chars(tools), render)
+        except ChatTemplateError as error:
+            raise BadRequestError(str(error), param=error.param or "messages") from error
+
+    async def _tokenize(self, param: str, prompt: str | list[int]) -> list[int]:
+        if isinstance(prompt, str):
+            prompt_token_ids = await self._off_loop_if_long(
+                len(prompt), lambda: self.model.tokenizer.encode(prompt, add_bos=True)
+            )
+        else:
+            self._check_token_ids(param, prompt)
+            prompt_token_ids = prompt
+        if not prompt_token_ids:
+            raise BadRequestError(f"{param} is empty; send at least one token", param=param)
+        return prompt_token_ids
+
+    async def _off_loop_if_long(self, num_chars: int, work: Callable[[], Result]) -> Result:
+        if num_chars <= INLINE_PROMPT_CHARS:
+            return work()
+        return await asyncio.get_running_loop().run_in_executor(self.executor, work)
+
+    def _echo(self, prompt: str | list[int], prompt_token_ids: Sequence[int]) -> str:
+        return prompt if isinstance(prompt, str) else self.model.tokenizer.decode(prompt_token_ids)
+
+    def _tool_format(self) -> ToolFormat:
+        tool_format = self.model.renderer.tool_format
+        if tool_format is None:
+            raise UnsupportedFieldError(
+                f"tools: the model {self.model.name!r} has no tool-call format that this server knows; "
+                "leave tools out, or serve a model that has one",
+                param="tools",
+            )
+        return tool_format
+
+    def _sampling(
+        self, request: SamplingFields, max_tokens: int, num_logprobs: int | None, turn_ends: frozenset[int]
+    ) -> SamplingParams:
+        self._check_token_ids("stop_token_ids", request.stop_token_ids or ())
+        logit_bias = {int(key): float(bias) for key, bias in (request.logit_bias or {}).items()}
+        self._check_token_ids("logit_bias", logit_bias)
+        stop_token_ids = turn_ends | frozenset(request.stop_token_ids or ()) | self._control_stops(request.stops)
+        return SamplingParams(
+            temperature=float(self._or_default(request.temperature, "temperature", 1.0)),
+            top_p=float(self._or_default(request.top_p, "top_p", 1.0)),
+            top_k=max(0, int(self._or_default(request.top_k, "top_k", 0))),
+            min_p=float(self._or_default(request.min_p, "min_p", 0.0)),
+            seed=request.seed,
+            repetition_penalty=float(self._or_default(request.repetition_penalty, "repetition_penalty", 1.0)),
+            presence_penalty=request.presence_penalty or 0.0,
+            frequency_penalty=request.frequency_penalty or 0.0,
+            logit_bias=logit_bias,
+            max_tokens=max_tokens,
+            min_tokens=_min_tokens(request, max_tokens),
+            stop_token_ids=stop_token_ids,
+            ignore_eos=bool(request.ignore_eos),
+            num_logprobs=num_logprobs,
+        )
+
+    def _or_default(self, value: float | None, key: str, fallback: float) -> float:
+        return self.model.default_sampling.get(key, fallback) if value is None else value
+
+    def _control_stops(self, stops: Sequence[str]) -> frozenset[int]:
+        """Stop strings that spell a control token stop at that token, which never becomes text to be matched."""
+        control_tokens = self.model.tokenizer.control_tokens
+        return frozenset(control_tokens[stop] for stop in stops if stop in control_tokens)
+
+    def _check_token_ids(self, param: str, token_ids: Sequence[int] | Mapping[int, float]) -> None:
+        for position, token_id in enumerate(token_ids):
+            if token_id >= self.info.vocab_size:
+                name = param if isinstance(token_ids, Mapping) else f"{param}[{position}]"
+                raise BadRequestError(
+                    f"{name}: {token_id} is no token of this model; ids are 0 to {self.info.vocab_size - 1}", param=name
+                )
+
+
+def _tools(request: ChatRequest) -> list[dict[str, Any]]:
+    """Return the tools that the model gets to see, with proper schemas: none of them under tool_choice "none"."""
+    if not request.tools:
+        return []
+    try:
+        tools = normalize_tools(request.tools)
+    except ToolSchemaError as error:
+        raise BadRequestError(str(error), param=error.param) from error
+    return [] if request.tool_choice == "none" else tools
+
+
+def _min_tokens(request: SamplingFields, max_tokens: int) -> int:
+    min_tokens = request.min_tokens if request.min_tokens is not None else request.min_new_tokens or 0
+    if min_tokens > max_tokens:
+        raise BadRequestError(
+            f"min_tokens is {min_tokens}, more than the {max_tokens} tokens that the answer may have",
+            param="min_tokens",
+        )
+    return min_tokens
+
+
+def _choices(plan: ChoicePlan, uid: str, count: int) -> list[ChoicePlan]:
+    """Return `count` choices like `plan`, numbered from its index on; a seed gives each choice a seed of its own."""
+    return [
+        replace(
+            plan,
+            index=plan.index + offset,
+            request=replace(
+                plan.request,
+                uid=f"{uid}-{plan.index + offset}",
+                sampling=_with_seed_offset(plan.request.sampling, offset),
+            ),
+        )
+        for offset in range(count)
+    ]
+
+
+def _with_seed_offset(sampling: SamplingParams, offset: int) -> SamplingParams:
+    return sampling if sampling.seed is None else replace(sampling, seed=(sampling.seed + offset) % MAX_SEED)
+
+
+def _num_chars(value: Any) -> int:
+    """Return about how much text a message or tool holds."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, Mapping):
+        return sum(map(_num_chars, value.values()))
+    if isinstance(value, list | tuple):
+        return sum(map(_num_chars, value))
+    return 0

@@ -1,0 +1,141 @@
+"""From the bytes of a body to a record of `protocol.py`, with errors that name the field, its value and its limit."""
+
+import json
+import re
+from collections.abc import Iterator
+from typing import Any, TypeVar
+
+import msgspec
+
+from .errors import BadRequestError
+from .fields import check_undeclared
+from .protocol import SamplingFields
+
+Record = TypeVar("Record", bound=SamplingFields)
+
+SHOWN_VALUE_CHARS = 60
+_PATH = re.compile(r"^(?P<what>.*?)(?: - at `(?P<in_key>key in )?\$(?P<path>.*)`)?$", re.DOTALL)
+_MISSING = re.compile(r"^Object missing required field `(?P<name>.+)`$")
+_LENGTH = re.compile(r"^Expected `(?P<kind>\w+)` of length (?P<limit>.+)$")
+_LIMIT = re.compile(r"^Expected `(?:int|float)` (?P<limit>[<>]=? .+)$")
+_KINDS = {"str": "a string", "int": "an integer", "float": "a number", "bool": "true or false", "array": "a list",
+          "object": "an object", "null": "null"}  # fmt: skip
+_HINTS = {"messages[].content[].type": "; this server reads text parts only"}
+
+
+def parse(body: bytes, record_type: type[Record]) -> Record:
+    """Return the record that `body` holds, or raise BadRequestError."""
+    fields = _read_object(body, record_type)
+    check_undeclared(fields, record_type.__struct_fields__)
+    try:
+        record = msgspec.convert(fields, record_type)
+    except msgspec.ValidationError as error:
+        raise _explain(str(error), fields, record_type) from None
+    record.check()
+    return record
+
+
+def _read_object(body: bytes, record_type: type[Record]) -> dict[str, Any]:
+    try:
+        fields = msgspec.json.decode(body)
+    except msgspec.ValidationError:  # a number that no float holds; decoding by type tells in which field it is
+        raise _number_out_of_range(body, record_type) from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise BadRequestError(
+            f"the body is not valid JSON in UTF-8 (NaN and Infinity are not JSON): {error}", param="body"
+        ) from None
+    except RecursionError:
+        raise BadRequestError("the body is nested too deeply to be read", param="body") from None
+    if not isinstance(fields, dict):
+        raise BadRequestError(f"the body must be a JSON object; got {_describe(fields)}", param="body")
+    return fields
+
+
+def _number_out_of_range(body: bytes, record_type: type[Record]) -> BadRequestError:
+    try:
+        msgspec.json.decode(body, type=record_type)
+    except msgspec.ValidationError as error:
+        match = _PATH.match(str(error))
+        param = _param(match["path"] or "") if match else ""
+        if param:
+            return BadRequestError(f"{param}: {match['what']}; send a finite number", param=param)  # type: ignore[index]
+    return BadRequestError("the body holds a number that is out of range; send finite numbers", param="body")
+
+
+def _explain(message: str, fields: dict[str, Any], record_type: type[Record]) -> BadRequestError:
+    match = _PATH.match(message)
+    assert match is not None, message  # the pattern matches any text
+    what, param = match["what"], _param(match["path"] or "")
+    missing = _MISSING.match(what)
+    if missing:
+        param = f"{param}.{missing['name']}" if param else missing["name"]
+        return BadRequestError(f"{param} is missing; it is required", param=param)
+    value = _value_at(fields, param)
+    hint = _HINTS.get(re.sub(r"\d+", "", param), "")
+    return BadRequestError(
+        f"{param}: expected {_expectation(what, param, record_type)}, got {_describe(value)}{hint}", param=param
+    )
+
+
+def _expectation(what: str, param: str, record_type: type[Record]) -> str:
+    """Say what msgspec's message expects in the words of JSON."""
+    if what.startswith("Invalid enum value"):
+        return "one of " + ", ".join(f'"{name}"' for name in _allowed_values(record_type, param))
+    length = _LENGTH.match(what)
+    if length:
+        unit = "characters" if length["kind"] == "str" else "items"
+        return f"{_KINDS[length['kind']]} of {length['limit']} {unit}"
+    limit = _LIMIT.match(what)
+    if limit:
+        return f"a number {limit['limit']}"
+    kinds = re.search(r"`(.+?)`", what)
+    if kinds is None:
+        return what
+    return " or ".join(_KINDS.get(kind, kind) for kind in kinds[1].split(" | ") if kind != "null")
+
+
+def _allowed_values(record_type: type[Record], param: str) -> list[str]:
+    """Return the literals that the record allows at `param`, found by walking its type."""
+    found: Any = msgspec.inspect.type_info(record_type)
+    for step in _steps(param):
+        found = next(_children(found, step))
+    literal = next(kind for kind in _alternatives(found) if isinstance(kind, msgspec.inspect.LiteralType))
+    return [str(value) for value in literal.values]
+
+
+def _children(kind: Any, step: str | int) -> Iterator[Any]:
+    for alternative in _alternatives(kind):
+        if isinstance(step, int) and isinstance(alternative, msgspec.inspect.ListType):
+            yield alternative.item_type
+        elif isinstance(step, str) and isinstance(alternative, msgspec.inspect.StructType):
+            yield from (field.type for field in alternative.fields if field.encode_name == step)
+
+
+def _alternatives(kind: Any) -> Iterator[Any]:
+    if isinstance(kind, msgspec.inspect.Metadata):
+        kind = kind.type
+    if isinstance(kind, msgspec.inspect.UnionType):
+        yield from kind.types
+    else:
+        yield kind
+
+
+def _param(path: str) -> str:
+    """Turn msgspec's path into the API's: `.messages[2].content` -> `messages[2].content`."""
+    return path.removeprefix(".").replace("[...]", "")
+
+
+def _steps(param: str) -> list[str | int]:
+    return [int(index) if index else name for name, index in re.findall(r"([^.\[\]]+)|\[(\d+)\]", param)]
+
+
+def _value_at(fields: Any, param: str) -> Any:
+    for step in _steps(param):
+        fields = fields[step]
+    return fields
+
+
+def _describe(value: Any) -> str:
+    """Show a value as JSON, cut to a length that fits a message."""
+    text = json.dumps(value, ensure_ascii=False)  # not orjson: integers of any size
+    return text if len(text) <= SHOWN_VALUE_CHARS else text[:SHOWN_VALUE_CHARS] + "..."

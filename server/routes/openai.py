@@ -1,0 +1,112 @@
+"""OpenAI's routes: chat and plain completions, and the list of models. Each handler parses, submits and replies."""
+
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from contextlib import aclosing
+from functools import partial
+from typing import Any
+
+import orjson
+from aiohttp import web
+
+from ..choices import ChoicePlan, ChoiceStream, ChoiceUpdate, stream_updates
+from ..errors import ApiError, ContentTypeError, describe
+from ..parsing import Record, parse
+from ..protocol import ChatRequest, CompletionRequest, SamplingFields
+from ..replies import ChatFormat, CompletionFormat, ReplyHead
+from ..services import ARRIVED_S, FAILURE, PROMPT_PARAM, REQUEST_ID, SERVICES, Services
+from ..sse import stream_reply
+
+
+async def create_chat_completion(request: web.Request) -> web.StreamResponse:
+    """POST /v1/chat/completions"""
+    services = request.app[SERVICES]
+    with services.lifecycle.working():
+        body = await _read(request, ChatRequest)
+        uid = f"chatcmpl-{secrets.token_hex(12)}"
+        return await _reply(request, body, uid, await services.planner.plan_chat(body, uid), ChatFormat)
+
+
+async def create_completion(request: web.Request) -> web.StreamResponse:
+    """POST /v1/completions"""
+    services = request.app[SERVICES]
+    request[PROMPT_PARAM] = "prompt"
+    with services.lifecycle.working():
+        body = await _read(request, CompletionRequest)
+        uid = f"cmpl-{secrets.token_hex(12)}"
+        return await _reply(request, body, uid, await services.planner.plan_completion(body, uid), CompletionFormat)
+
+
+async def list_models(request: web.Request) -> web.Response:
+    """GET /v1/models"""
+    return _json({"object": "list", "data": [_model_card(request.app[SERVICES])]})
+
+
+async def retrieve_model(request: web.Request) -> web.Response:
+    """GET /v1/models/{model}"""
+    services = request.app[SERVICES]
+    services.planner.check_model(request.match_info["model"])
+    return _json(_model_card(services))
+
+
+async def _read(request: web.Request, record_type: type[Record]) -> Record:
+    if request.content_type != "application/json":
+        sent = request.headers.get("Content-Type", "none")
+        raise ContentTypeError(
+            f"the body must be JSON, sent with the header `Content-Type: application/json`; got {sent[:80]!r}",
+            param="Content-Type",
+        )
+    return parse(await request.read(), record_type)
+
+
+async def _reply(
+    request: web.Request,
+    body: SamplingFields,
+    uid: str,
+    plans: Sequence[ChoicePlan],
+    format_type: Callable[..., ChatFormat | CompletionFormat],
+) -> web.StreamResponse:
+    """Generate all choices and send them as one stream or one object; they end with this handler, however it ends."""
+    services = request.app[SERVICES]
+    tokenizer = services.model.tokenizer
+    choices = [ChoiceStream(plan, tokenizer) for plan in plans]
+    head = ReplyHead(id=uid, created=int(time.time()), model=services.model.name)
+    reply_format = format_type(
+        head, choices, tokenizer, usage_at_end=body.wants_usage_chunk, usage_always=body.wants_usage_always
+    )
+    timed_updates = services.metrics.timed(stream_updates(services.engine, choices), request[ARRIVED_S])
+    async with aclosing(timed_updates) as batches:
+        if body.stream:
+            return await stream_reply(
+                request,
+                batches,
+                reply_format,
+                keep_alive_interval_s=services.config.keep_alive_interval,
+                describe_error=partial(_describe_late_error, request),
+            )
+        updates: list[ChoiceUpdate] = []
+        async for batch in batches:
+            updates += batch
+    return web.Response(body=reply_format.whole(updates), content_type="application/json")
+
+
+def _describe_late_error(request: web.Request, error: Exception) -> ApiError:
+    """Describe an error after the reply's first byte, when its status can no longer tell the access log."""
+    api_error = describe(error, request[REQUEST_ID], prompt_param=request[PROMPT_PARAM])
+    request[FAILURE] = api_error
+    return api_error
+
+
+def _model_card(services: Services) -> dict[str, Any]:
+    return {
+        "id": services.model.name,
+        "object": "model",
+        "created": services.model.created,
+        "owned_by": "lmdserve",
+        "max_model_len": services.engine.info.session_len,
+    }
+
+
+def _json(value: Any) -> web.Response:
+    return web.Response(body=orjson.dumps(value), content_type="application/json")
