@@ -1,5 +1,5 @@
 """`tokenizer.model` files (SentencePiece) read and turned into a `tokenizers` pipeline. Owns the file format and the
-conversion, which gives the ids and the text that SentencePiece itself gives; knows no model family and no chat.
+conversion, which gives the ids that SentencePiece itself gives or refuses; knows no model family and no chat.
 
 The file is one protobuf message, of which a dozen fields matter here; a reader of the wire format is shorter than a
 dependency. Fields and defaults are those of sentencepiece_model.proto.
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import tokenizers
-from tokenizers import decoders, models, normalizers
+from tokenizers import models, normalizers
 
 from lmdserve.engine.api import ConfigError
 
@@ -80,10 +80,23 @@ def read_model(path: Path) -> SentencePieceModel:
         raise ConfigError(f"{path} is not a SentencePiece model ({error}); download the model again") from error
     if not model.pieces:
         raise ConfigError(f"{path} holds no vocabulary; download the model again (a Git LFS pointer looks like this)")
-    if model.model_type not in (ModelType.BPE, ModelType.UNIGRAM) or model.space_is_suffix:
-        kind = "space-as-suffix" if model.space_is_suffix else model.model_type.name
-        raise ConfigError(f"{path} is a {kind} model; only BPE and unigram models are supported: add a tokenizer.json")
+    if unsupported := _unsupported_feature(model):
+        raise ConfigError(
+            f"{path} has {unsupported}, and only BPE models that leave text as it is are supported; "
+            "put the model's tokenizer.json beside it"
+        )
     return model
+
+
+def _unsupported_feature(model: SentencePieceModel) -> str | None:
+    """Return what would make our ids differ from SentencePiece's; no family that is served has any of it."""
+    if model.model_type is not ModelType.BPE:
+        return f"{model.model_type.name.lower()} segmentation"
+    if model.precompiled_charsmap:
+        return "character normalisation"
+    if model.remove_extra_whitespaces or not model.escape_whitespaces or model.space_is_suffix:
+        return "its own treatment of spaces"
+    return None
 
 
 def _parse_model(data: memoryview) -> SentencePieceModel:
@@ -186,49 +199,32 @@ def _integer(value: int | memoryview) -> int:
     return value - (1 << 64) if value >> 63 else value
 
 
-@dataclass(frozen=True, slots=True)
-class ConvertedModel:
-    """The two encoders that stand for one SentencePiece model, and what they share.
+def convert(model: SentencePieceModel, names: Mapping[int, str]) -> tokenizers.Tokenizer:
+    """Build the pipeline for a text, dummy prefix not included. `names` renames ids and extends the vocabulary.
 
-    SentencePiece puts its dummy prefix (a space) before a text once. `encoder` does so; `continuation` encodes text
-    that follows something and adds none. They are the same object where the model adds no prefix.
-    """
-
-    encoder: tokenizers.Tokenizer
-    continuation: tokenizers.Tokenizer
-
-
-def convert(
-    model: SentencePieceModel, names: Mapping[int, str], added_tokens: Sequence[tokenizers.AddedToken]
-) -> ConvertedModel:
-    """Build the pipeline. `names` renames ids (and extends the vocabulary); `added_tokens` are matched before all else.
-
-    Renamed pieces take no part in segmentation: only an added token that is matched whole gives their id.
+    Renamed pieces take no part in segmentation, so no text gives their ids.
     """
     vocabulary = [names.get(token_id, piece.text) for token_id, piece in enumerate(model.pieces)]
     vocabulary += [names[token_id] for token_id in range(len(model.pieces), max(names, default=-1) + 1)]
-    if model.model_type is ModelType.BPE:
-        segmenter: models.Model = models.BPE(
+    pipeline = tokenizers.Tokenizer(
+        models.BPE(
             vocab={text: token_id for token_id, text in enumerate(vocabulary)},
             merges=_merges(model.pieces, names),
             unk_token=vocabulary[model.unk_id],
             fuse_unk=True,
             byte_fallback=model.byte_fallback,
         )
-    else:
-        scores = [piece.score for piece in model.pieces] + [0.0] * (len(vocabulary) - len(model.pieces))
-        entries = list(zip(vocabulary, scores, strict=True))
-        segmenter = models.Unigram(entries, unk_id=model.unk_id, byte_fallback=model.byte_fallback)
-    continuation = _pipeline(model, segmenter, added_tokens, dummy_prefix=False)
-    encoder = _pipeline(model, segmenter, added_tokens, dummy_prefix=True) if model.add_dummy_prefix else continuation
-    return ConvertedModel(encoder, continuation)
+    )
+    pipeline.normalizer = normalizers.Replace(" ", SPACE_SYMBOL)
+    return pipeline
 
 
 def _merges(pieces: Sequence[Piece], renamed: Iterable[int]) -> list[tuple[str, str]]:
-    """Return the merges that reproduce a BPE model: every way to halve a piece into two pieces, best score first.
+    """Return the merges that reproduce the model: every way to halve a piece into two pieces, best score first.
 
     User-defined pieces have score 0, the best there is, so their merges come before all others: that is how they stay
-    whole, as SentencePiece keeps them.
+    whole, as SentencePiece keeps them. Those that cannot be halved so ([UNUSED_TOKEN_0]) are placeholders that stay
+    out of reach of text.
     """
     excluded = set(renamed)
     ids = {
@@ -245,30 +241,3 @@ def _merges(pieces: Sequence[Piece], renamed: Iterable[int]) -> list[tuple[str, 
                 ranked.append((negated_score, ids[left], ids[right], left, right))
     ranked.sort()
     return [(left, right) for *_, left, right in ranked]
-
-
-def _pipeline(
-    model: SentencePieceModel,
-    segmenter: models.Model,
-    added_tokens: Sequence[tokenizers.AddedToken],
-    *,
-    dummy_prefix: bool,
-) -> tokenizers.Tokenizer:
-    steps: list[normalizers.Normalizer] = []
-    if model.precompiled_charsmap:
-        steps.append(normalizers.Precompiled(model.precompiled_charsmap))
-    if model.remove_extra_whitespaces:
-        steps += [normalizers.Strip(), normalizers.Replace(tokenizers.Regex(" {2,}"), " ")]
-    if dummy_prefix:
-        steps.append(normalizers.Prepend(" "))
-    if model.escape_whitespaces:
-        steps.append(normalizers.Replace(" ", SPACE_SYMBOL))
-    text_steps: list[decoders.Decoder] = [decoders.Replace(SPACE_SYMBOL, " "), decoders.ByteFallback(), decoders.Fuse()]
-    if model.add_dummy_prefix:
-        text_steps.append(decoders.Strip(" ", 1, 0))
-    pipeline = tokenizers.Tokenizer(segmenter)
-    pipeline.normalizer = normalizers.Sequence(steps)
-    pipeline.decoder = decoders.Sequence(text_steps)
-    pipeline.add_special_tokens([token for token in added_tokens if token.special])
-    pipeline.add_tokens([token for token in added_tokens if not token.special])
-    return pipeline

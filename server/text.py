@@ -12,8 +12,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
 
-import tokenizers
-
 from lmdserve.tools.api import ControlToken
 
 from .tokenizer_backend import TokenizerBackend, load_backend
@@ -29,6 +27,8 @@ class Tokenizer:
         self._backend = backend
         self._token_by_id = {i: ControlToken(text, i) for text, i in backend.control_token_ids.items()}
         self._control_pattern = _control_pattern(backend)
+        unknown = backend.control_token_ids.get(backend.named_tokens.get("unk_token", ""))
+        self._unreachable_ids = frozenset(self._token_by_id) - {unknown}  # no text may give them
         self.vocab_size = len(backend.token_bytes)
         self.bos_token_id = backend.bos_token_id
         self.eos_token_ids = backend.eos_token_ids
@@ -46,7 +46,7 @@ class Tokenizer:
         `add_bos` puts BOS first for models whose tokenizer does so by default, and nothing for the others.
         """
         bos = [self.bos_token_id] if add_bos and self._backend.adds_bos and self.bos_token_id is not None else []
-        return bos + self._encode_span(text, self._backend.encoder)
+        return bos + self._encode_span(text, begins_text=True)
 
     def encode_segments(self, segments: Sequence[str | ControlToken]) -> list[int]:
         """Return the ids of a prompt made of text spans and control tokens; each span is encoded as a whole."""
@@ -55,9 +55,9 @@ class Tokenizer:
         for segment in segments:
             if isinstance(segment, ControlToken):
                 ids.append(segment.token_id)
-                begins_text = self._backend.text_begins_after_bos and segment.token_id == self.bos_token_id
+                begins_text = self._backend.text_prefix != "" and segment.token_id == self.bos_token_id
             else:
-                ids += self._encode_span(segment, self._backend.encoder if begins_text else self._backend.continuation)
+                ids += self._encode_span(segment, begins_text=begins_text)
                 begins_text = False
         return ids
 
@@ -104,23 +104,28 @@ class Tokenizer:
         """Whether a decoded text loses one space at its very start."""
         return self._backend.rules.strips_leading_space
 
-    def _encode_span(self, text: str, encoder: tokenizers.Tokenizer) -> list[int]:
-        try:
-            ids = encoder.encode(text, add_special_tokens=False).ids
-        except TypeError:  # the library's word for lone surrogates: JSON can spell them, but they are no text
-            text = _SURROGATE.sub(_REPLACEMENT_CHARACTER, text)
-            ids = encoder.encode(text, add_special_tokens=False).ids
-        if self._control_pattern is None or self._token_by_id.keys().isdisjoint(ids):
+    def _encode_span(self, text: str, *, begins_text: bool) -> list[int]:
+        ids = self._run_encoder(text, begins_text=begins_text)
+        if self._unreachable_ids.isdisjoint(ids) or self._control_pattern is None:
             return ids
-        # The model's own segmentation reached a control token (unigram models do, and `ignore_merges` can): cut each
-        # spelling in two, so that no span holds a whole one. The unknown token lands here too, and has nothing to cut.
+        # Some segmentations take any vocabulary entry they see (unigram models, `ignore_merges`), control tokens too:
+        # cut each spelling in two, so that no part holds a whole one.
         cuts = [match.start() + 1 for match in self._control_pattern.finditer(text)]
-        spans = [text[start:end] for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True)]
-        first, *rest = spans
-        ids = encoder.encode(first, add_special_tokens=False).ids
-        for span in rest:
-            ids += self._backend.continuation.encode(span, add_special_tokens=False).ids
-        return ids
+        parts = [text[start:end] for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True)]
+        return [
+            token_id
+            for i, part in enumerate(parts)
+            for token_id in self._run_encoder(part, begins_text=begins_text and i == 0)
+        ]
+
+    def _run_encoder(self, text: str, *, begins_text: bool) -> list[int]:
+        if begins_text and text:
+            text = self._backend.text_prefix + text
+        encoder = self._backend.encoder if begins_text else self._backend.continuation
+        try:
+            return encoder.encode(text, add_special_tokens=False).ids
+        except TypeError:  # the library's word for lone surrogates: JSON can spell them, but they are no text
+            return encoder.encode(_SURROGATE.sub(_REPLACEMENT_CHARACTER, text), add_special_tokens=False).ids
 
 
 def _control_pattern(backend: TokenizerBackend) -> re.Pattern[str] | None:

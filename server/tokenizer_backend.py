@@ -55,13 +55,14 @@ class AddedToken(NamedTuple):
 class TokenizerBackend:
     """A loaded tokenizer, in parts. `encoder` and `continuation` never turn text into control tokens that it spells.
 
-    A span of a prompt that begins a text is encoded by `encoder`, one that follows a control token by `continuation`;
-    they differ only where a tokenizer puts a space before a text.
+    Some tokenizers put a space before a text, but not before what follows a control token within it. For those in
+    tokenizer.json form `encoder` does so and `continuation` does not. For SentencePiece the two are one, and
+    `text_prefix` is to be put before a text; there, what follows BOS begins a text.
     """
 
     encoder: tokenizers.Tokenizer
     continuation: tokenizers.Tokenizer
-    text_begins_after_bos: bool
+    text_prefix: str
     control_tokens: dict[str, AddedToken]
     control_token_ids: dict[str, int]
     special_token_ids: frozenset[int]  # the control tokens that a reader never sees
@@ -107,7 +108,7 @@ def _load_tokenizer_json(folder: Path, config: Mapping[str, Any]) -> TokenizerBa
         folder,
         encoder=encoder,
         continuation=continuation,
-        text_begins_after_bos=False,
+        text_prefix="",
         added=added,
         rules=decoding_rules(data.get("decoder"), str(path)),
         adds_bos=bos_of_processor is not None if adds_bos is None else bool(adds_bos),
@@ -177,24 +178,22 @@ def _load_tokenizer_model(folder: Path, config: Mapping[str, Any]) -> TokenizerB
             f"{folder}/tokenizer_config.json adds tokens beyond the {num_known} of tokenizer.model, but none with the "
             f"id {gaps[0]}; the two files do not belong together"
         )
-    converted = sentencepiece.convert(
-        model,
-        names={token_id: token.text for token_id, token in added.items()},
-        added_tokens=[
-            tokenizers.AddedToken(token.text, normalized=False) for token in added.values() if not token.is_control
-        ],
-    )
+    pipeline = sentencepiece.convert(model, {token_id: token.text for token_id, token in added.items()})
     named = _named_tokens(config)
     for key, token_id in (("bos_token", model.bos_id), ("eos_token", model.eos_id), ("unk_token", model.unk_id)):
         if token_id in added:
             named.setdefault(key, added[token_id].text)
     return _backend(
         folder,
-        encoder=converted.encoder,
-        continuation=converted.continuation,
-        text_begins_after_bos=True,
+        encoder=pipeline,
+        continuation=pipeline,
+        text_prefix=" " if model.add_dummy_prefix else "",
         added=added,
-        rules=decoding_rules(json.loads(converted.encoder.to_str())["decoder"], "tokenizer.model"),
+        rules=DecodingRules(
+            has_byte_pieces=model.byte_fallback,
+            replacements=((sentencepiece.SPACE_SYMBOL, " "),),
+            strips_leading_space=model.add_dummy_prefix,
+        ),
         adds_bos=bool(config.get("add_bos_token", True)),
         named=named,
     )
@@ -219,7 +218,7 @@ def _backend(
     *,
     encoder: tokenizers.Tokenizer,
     continuation: tokenizers.Tokenizer,
-    text_begins_after_bos: bool,
+    text_prefix: str,
     added: Mapping[int, AddedToken],
     rules: DecodingRules,
     adds_bos: bool,
@@ -232,7 +231,7 @@ def _backend(
     return TokenizerBackend(
         encoder=encoder,
         continuation=continuation,
-        text_begins_after_bos=text_begins_after_bos,
+        text_prefix=text_prefix,
         control_tokens={token.text: token for token in added.values() if token.is_control},
         control_token_ids={token.text: token_id for token_id, token in added.items() if token.is_control},
         special_token_ids=frozenset(token_id for token_id, token in added.items() if token.is_special),
