@@ -1,0 +1,112 @@
+"""Linear layers as the decoder calls them: y = x W^T + b, whatever form W has in memory.
+
+Owns the choice of matrix product. On a CPU every product goes through oneDNN, because there a row's result depends on
+that row alone, for any number of rows; the default BLAS path picks its kernel, and so its rounding, by the row count.
+Measured for float32 with AVX2, AVX-512 and SSE4.1 kernels, 1 and 2 threads, 33x47 up to 4096x14336 and 1 to 512 rows.
+bfloat16 and float16 carry no such promise: their kernels split long inner dimensions by row count.
+"""
+
+from typing import Protocol
+
+import torch
+from torch.nn import functional
+
+from lmdserve.kernels import reference
+
+# Without oneDNN, products of one fixed number of rows keep the same promise, at up to four times the cost.
+_FIXED_ROWS = 8
+
+
+class Linear(Protocol):
+    """A weight that can be applied: x [num_rows, in_features] -> [num_rows, out_features]."""
+
+    in_features: int
+    out_features: int
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """Return x W^T + b."""
+
+
+class DenseLinear:
+    """Plain weights in the compute type. On a CPU they are held in oneDNN's own order, and only there."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        self.out_features, self.in_features = weight.shape
+        self._weight = _reorder(weight) if not weight.is_cuda and _has_onednn(weight.dtype) else weight
+        self._bias = bias
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return _with_bias(multiply(x, self._weight), self._bias)
+
+
+class SharedLinear:
+    """A head tied to the embedding: the same memory serves look-ups and the product, so it is never reordered."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        self.out_features, self.in_features = weight.shape
+        self._weight = weight
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return multiply(x, self._weight)
+
+
+class FourBitLinear:
+    """4-bit weights, dequantized for each product and dropped again: memory is what they are for.
+
+    codes uint8 [out_features, in_features / 2] in row order; zeros and scales [out_features, groups], compute type.
+    """
+
+    def __init__(
+        self, codes: torch.Tensor, zeros: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None
+    ) -> None:
+        self.out_features, self.in_features = codes.shape[0], codes.shape[1] * 2
+        self._codes = codes
+        self._zeros = zeros
+        self._scales = scales
+        self._bias = bias
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        weight = reference.w4a16_weight(self._codes, self._zeros, self._scales, x.dtype)
+        return _with_bias(multiply(x, weight), self._bias)
+
+
+def multiply(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Return x [num_rows, in_features] times the transposed weight [out_features, in_features]."""
+    if x.is_cuda:
+        return functional.linear(x, weight)
+    if not _has_onednn(x.dtype):
+        return _multiply_in_fixed_tiles(x, weight)
+    if x.shape[0] == 1:  # a single row takes a matrix-vector kernel with other rounding
+        return _onednn_linear(x.repeat(2, 1), weight)[:1]
+    return _onednn_linear(x, weight)
+
+
+def _onednn_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+    return product
+
+
+def _reorder(weight: torch.Tensor) -> torch.Tensor:
+    reordered: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, None)
+    return reordered
+
+
+def _has_onednn(dtype: torch.dtype) -> bool:
+    if not torch._C._has_mkldnn:
+        return False
+    if dtype == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    if dtype == torch.float16:
+        return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+    return dtype == torch.float32
+
+
+def _multiply_in_fixed_tiles(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    num_rows = x.shape[0]
+    padded = functional.pad(x, (0, 0, 0, -num_rows % _FIXED_ROWS))
+    tiles = torch.chunk(padded, padded.shape[0] // _FIXED_ROWS)
+    return torch.cat([functional.linear(tile, weight) for tile in tiles])[:num_rows]
+
+
+def _with_bias(product: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return product if bias is None else product.add_(bias)

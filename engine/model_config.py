@@ -1,0 +1,358 @@
+"""A checkpoint's config.json as a checked record: sizes, RoPE, biases, quantization, end-of-sequence ids.
+
+No torch here. Whatever the decoder cannot honour (an unknown architecture, activation, RoPE type, quantization method)
+is refused by name; nothing is silently dropped. Which keys each family has is in `families`.
+"""
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from .api import ConfigError
+from .families import FAMILIES, BiasRule, Family
+
+RopeKind = Literal["default", "linear", "dynamic", "llama3"]
+
+_ROPE_KIND_ALIASES: Mapping[str, RopeKind] = {
+    "default": "default",
+    "origin": "default",  # InternLM's word for it
+    "linear": "linear",
+    "dynamic": "dynamic",
+    "llama3": "llama3",
+}
+_DTYPE_NAMES = ("float32", "float16", "bfloat16")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RopeConfig:
+    """How rotary frequencies follow from `theta`; fields past `max_position_embeddings` are used by llama3 only."""
+
+    theta: float
+    kind: RopeKind
+    factor: float
+    max_position_embeddings: int
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuantizationConfig:
+    """The checkpoint's weight format as config.json's `quantization_config` states it."""
+
+    method: str
+    bits: int
+    group_size: int  # -1: one group for the whole input dimension
+    zero_point: bool
+    version: str
+    unquantized_modules: tuple[str, ...]  # a linear whose name contains one of these is stored as plain weights
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Everything the engine must know of a model before its weights are read."""
+
+    family: Family
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    rope: RopeConfig
+    max_position_embeddings: int
+    tie_word_embeddings: bool
+    qkv_bias: bool
+    output_bias: bool
+    mlp_bias: bool
+    sliding_window: int | None
+    eos_token_ids: frozenset[int]
+    dtype_name: str  # of the checkpoint: float32, float16 or bfloat16
+    quantization: QuantizationConfig | None
+
+    @property
+    def model_type(self) -> str:
+        return self.family.model_type
+
+    @property
+    def qk_norm(self) -> bool:
+        return self.family.has_qk_norm
+
+    @cached_property
+    def num_parameters(self) -> int:
+        """Weights of the unquantized model, biases and norms left out; for memory plans and reports."""
+        attention = self.hidden_size * self.head_dim * 2 * (self.num_heads + self.num_kv_heads)
+        mlp = 3 * self.hidden_size * self.intermediate_size
+        embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
+        return self.num_layers * (attention + mlp) + embeddings
+
+    def rope_base(self, num_prompt_tokens: int) -> float:
+        """Return the RoPE base of a request: `theta`, or for dynamic NTK the base its prompt length asks for.
+
+        base = theta * (factor * n / max_positions - (factor - 1)) ** (d / (d - 2)) once n exceeds max_positions. It is
+        fixed at admission, so that all keys of a sequence share one base and no other sequence changes it.
+        """
+        if self.rope.kind != "dynamic" or num_prompt_tokens <= self.rope.max_position_embeddings:
+            return self.rope.theta
+        factor = self.rope.factor
+        stretch = factor * num_prompt_tokens / self.rope.max_position_embeddings - (factor - 1)
+        return float(self.rope.theta * stretch ** (self.head_dim / (self.head_dim - 2)))
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> "ModelConfig":
+        """Read config.json and generation_config.json; raise ConfigError naming the file and key that is wrong."""
+        keys = _Keys(_read_json(folder / "config.json"), folder / "config.json")
+        generation_path = folder / "generation_config.json"
+        generation = _Keys(_read_json(generation_path), generation_path) if generation_path.is_file() else None
+        return _parse(keys, generation)
+
+
+class _Keys:
+    """One JSON object with typed access; every complaint names the key and the file."""
+
+    def __init__(self, values: Mapping[str, Any], path: Path) -> None:
+        self.values = values
+        self.path = path
+
+    def fail(self, message: str) -> ConfigError:
+        return ConfigError(f"{self.path}: {message}")
+
+    def has(self, key: str) -> bool:
+        return self.values.get(key) is not None
+
+    def integer(self, key: str, default: int | None = None) -> int:
+        value = self._get(key, default)
+        if isinstance(value, bool) or not isinstance(value, int | float) or value != int(value):
+            raise self.fail(f"key '{key}' must be an integer, not {value!r}")
+        return int(value)
+
+    def positive(self, key: str, default: int | None = None) -> int:
+        value = self.integer(key, default)
+        if value < 1:
+            raise self.fail(f"key '{key}' must be at least 1, not {value}")
+        return value
+
+    def number(self, key: str, default: float | None = None) -> float:
+        value = self._get(key, default)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise self.fail(f"key '{key}' must be a number, not {value!r}")
+        return float(value)
+
+    def boolean(self, key: str, default: bool | None = None) -> bool:
+        value = self._get(key, default)
+        if not isinstance(value, bool):
+            raise self.fail(f"key '{key}' must be true or false, not {value!r}")
+        return value
+
+    def section(self, key: str) -> "_Keys | None":
+        value = self.values.get(key)
+        if value is None:
+            return None
+        if not isinstance(value, dict):
+            raise self.fail(f"key '{key}' must be an object or null, not {value!r}")
+        return _Keys(value, self.path)
+
+    def _get(self, key: str, default: Any) -> Any:
+        value = self.values.get(key)
+        if value is not None:
+            return value
+        if default is None:
+            raise self.fail(f"key '{key}' is missing; take config.json from the original checkpoint")
+        return default
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(
+            f"{path} does not exist; --model needs a folder in Hugging Face layout, with config.json and the weights"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read as JSON ({error}); download the checkpoint again") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} holds no JSON object; download the checkpoint again")
+    return values
+
+
+def _parse(keys: _Keys, generation: _Keys | None) -> ModelConfig:
+    family = _family(keys)
+    _refuse_what_no_decoder_has(keys)
+    num_heads = keys.positive("num_attention_heads")
+    hidden_size = keys.positive("hidden_size")
+    num_kv_heads = keys.positive("num_key_value_heads", None if family.has_gqa_key else num_heads)
+    if num_heads % num_kv_heads:
+        raise keys.fail(f"num_attention_heads {num_heads} is not a multiple of num_key_value_heads {num_kv_heads}")
+    head_dim = _head_dim(keys, family, hidden_size, num_heads)
+    num_layers = keys.positive("num_hidden_layers")
+    max_position_embeddings = keys.positive("max_position_embeddings")
+    return ModelConfig(
+        family=family,
+        vocab_size=keys.positive("vocab_size"),
+        hidden_size=hidden_size,
+        intermediate_size=keys.positive("intermediate_size"),
+        num_layers=num_layers,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        rms_norm_eps=keys.number("rms_norm_eps"),
+        rope=_rope(keys, family, max_position_embeddings),
+        max_position_embeddings=max_position_embeddings,
+        tie_word_embeddings=keys.boolean("tie_word_embeddings", family.tie_word_embeddings_default),
+        qkv_bias=_bias(keys, family.qkv_bias, family),
+        output_bias=_bias(keys, family.output_bias, family),
+        mlp_bias=_bias(keys, family.mlp_bias, family),
+        sliding_window=_sliding_window(keys, family, num_layers),
+        eos_token_ids=frozenset(_eos_token_ids(keys)) | frozenset(_eos_token_ids(generation) if generation else ()),
+        dtype_name=_dtype_name(keys),
+        quantization=_quantization(keys),
+    )
+
+
+def _family(keys: _Keys) -> Family:
+    model_type = keys.values.get("model_type")
+    architectures = keys.values.get("architectures") or []
+    for family in FAMILIES:
+        if family.model_type != model_type:
+            continue
+        if architectures and family.architecture not in architectures:
+            raise keys.fail(f"architecture {architectures} is not supported; {model_type} needs {family.architecture}")
+        return family
+    supported = ", ".join(family.architecture for family in FAMILIES)
+    raise keys.fail(
+        f"model_type {model_type!r} with architectures {architectures} is not supported; supported: {supported}"
+    )
+
+
+def _refuse_what_no_decoder_has(keys: _Keys) -> None:
+    activation = keys.values.get("hidden_act", "silu")
+    if activation not in ("silu", "swish"):
+        raise keys.fail(f"hidden_act {activation!r} is not supported; the decoder computes 'silu' only")
+    if keys.number("partial_rotary_factor", 1.0) != 1.0:
+        raise keys.fail("partial_rotary_factor other than 1.0 is not supported; RoPE turns whole heads")
+
+
+def _head_dim(keys: _Keys, family: Family, hidden_size: int, num_heads: int) -> int:
+    if not keys.has("head_dim") and not family.requires_head_dim and hidden_size % num_heads:
+        raise keys.fail(f"hidden_size {hidden_size} is not a multiple of num_attention_heads {num_heads}")
+    head_dim = keys.positive("head_dim", None if family.requires_head_dim else hidden_size // num_heads)
+    if head_dim % 2 or head_dim < 4:
+        raise keys.fail(f"head_dim {head_dim} is not supported; it must be even and at least 4")
+    return head_dim
+
+
+def _rope(keys: _Keys, family: Family, max_position_embeddings: int) -> RopeConfig:
+    """Read `rope_parameters` (transformers 5), `rope_theta` + `rope_scaling` (before), or InternLM's `rotary`."""
+    scaling = keys.section("rope_parameters") or keys.section("rope_scaling")
+    rotary = keys.section("rotary")
+    if rotary is not None and scaling is None:
+        theta = rotary.number("base")
+        kind = _rope_kind(rotary, "type")
+        factor = rotary.number("scaling_factor", 1.0)
+        return RopeConfig(theta=theta, kind=kind, factor=factor, max_position_embeddings=max_position_embeddings)
+    theta_section = scaling if scaling is not None and scaling.has("rope_theta") else keys
+    theta = theta_section.number("rope_theta", family.rope_theta_default)
+    if theta <= 0:
+        raise keys.fail(f"key 'rope_theta' must be above 0, not {theta}")
+    if scaling is None:
+        return RopeConfig(theta=theta, kind="default", factor=1.0, max_position_embeddings=max_position_embeddings)
+    kind = _rope_kind(scaling, "rope_type" if scaling.has("rope_type") else "type")
+    if scaling.number("partial_rotary_factor", 1.0) != 1.0:
+        raise keys.fail("partial_rotary_factor other than 1.0 is not supported; RoPE turns whole heads")
+    factor = scaling.number("factor", 1.0 if kind == "default" else None)
+    if factor < 1.0:
+        raise keys.fail(f"RoPE 'factor' must be at least 1, not {factor}")
+    if kind != "llama3":
+        return RopeConfig(theta=theta, kind=kind, factor=factor, max_position_embeddings=max_position_embeddings)
+    return RopeConfig(
+        theta=theta,
+        kind=kind,
+        factor=factor,
+        max_position_embeddings=max_position_embeddings,
+        low_freq_factor=scaling.number("low_freq_factor"),
+        high_freq_factor=scaling.number("high_freq_factor"),
+        original_max_position_embeddings=scaling.positive("original_max_position_embeddings"),
+    )
+
+
+def _rope_kind(section: _Keys, key: str) -> RopeKind:
+    name = str(section.values.get(key))
+    if name not in _ROPE_KIND_ALIASES:
+        supported = ", ".join(sorted(set(_ROPE_KIND_ALIASES.values())))
+        raise section.fail(f"RoPE type {name!r} is not supported; supported: {supported}")
+    return _ROPE_KIND_ALIASES[name]
+
+
+def _bias(keys: _Keys, rule: BiasRule, family: Family) -> bool:
+    if isinstance(rule, bool):
+        return rule
+    spelling = next((key for key in rule if keys.has(key)), rule[0])
+    return keys.boolean(spelling, family.bias_default)
+
+
+def _sliding_window(keys: _Keys, family: Family, num_layers: int) -> int | None:
+    """Return the window in tokens that every layer has, or None; a mix of layers is refused."""
+    layer_types = set(keys.values.get("layer_types") or ())
+    if len(layer_types) > 1 or not layer_types <= {"full_attention", "sliding_attention"}:
+        raise keys.fail(f"layer_types {sorted(layer_types)} are not supported; all layers must attend alike")
+    if not family.has_sliding_window or not keys.has("sliding_window"):
+        return None
+    if layer_types == {"full_attention"} or not keys.boolean("use_sliding_window", family.model_type == "mistral"):
+        return None
+    first_sliding_layer = keys.integer("max_window_layers", 0) if not layer_types else 0
+    if first_sliding_layer >= num_layers:
+        return None
+    if first_sliding_layer > 0:
+        raise keys.fail(
+            f"max_window_layers {first_sliding_layer} of {num_layers} layers is not supported; all layers must attend "
+            "alike, so set use_sliding_window to false to serve it with full attention"
+        )
+    return keys.positive("sliding_window")
+
+
+def _eos_token_ids(keys: _Keys) -> Iterable[int]:
+    value = keys.values.get("eos_token_id")
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if any(isinstance(token_id, bool) or not isinstance(token_id, int) for token_id in ids):
+        raise keys.fail(f"key 'eos_token_id' must be an integer or a list of integers, not {value!r}")
+    return ids
+
+
+def _dtype_name(keys: _Keys) -> str:
+    name = str(keys.values.get("dtype") or keys.values.get("torch_dtype") or "float32").removeprefix("torch.")
+    if name not in _DTYPE_NAMES:
+        raise keys.fail(f"dtype {name!r} is not supported; supported: {', '.join(_DTYPE_NAMES)}")
+    return name
+
+
+def _quantization(keys: _Keys) -> QuantizationConfig | None:
+    section = keys.section("quantization_config")
+    if section is None:
+        return None
+    method = str(section.values.get("quant_method"))
+    if method != "awq":
+        raise keys.fail(f"quant_method {method!r} is not supported; supported: awq, or unquantized weights")
+    bits = section.integer("bits")
+    if bits != 4:
+        raise keys.fail(f"AWQ with {bits} bits is not supported; supported: 4")
+    version = str(section.values.get("version", "gemm")).lower()
+    if version != "gemm":
+        raise keys.fail(f"AWQ version {version!r} is not supported; supported: gemm")
+    group_size = section.integer("group_size")
+    if group_size != -1 and group_size < 1:
+        raise keys.fail(f"group_size {group_size} is not supported; it must be -1 (one group) or at least 1")
+    unquantized = section.values.get("modules_to_not_convert") or []
+    return QuantizationConfig(
+        method=method,
+        bits=bits,
+        group_size=group_size,
+        zero_point=section.boolean("zero_point"),
+        version=version,
+        unquantized_modules=tuple(str(name) for name in unquantized),
+    )

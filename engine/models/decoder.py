@@ -1,0 +1,80 @@
+"""The decoder that runs every family: embedding, layers, final norm, head; one step's batch in, logits out.
+
+Owns the weights and the per-step tables. Differences between families are in the ModelConfig and in how the loader
+filled the layers. In float32 on a CPU the logits of a token depend on its own sequence alone, bit for bit.
+"""
+
+from functools import lru_cache
+
+import torch
+
+from lmdserve.kernels import reference
+from lmdserve.kernels.attention_plan import plan_attention
+
+from ..batch import StepBatch
+from ..kv_cache import KVCache
+from ..layers import DecoderLayer, RMSNorm, StepTables, rotary_frequencies
+from ..linear import Linear
+from ..model_config import ModelConfig
+
+# Dynamic NTK gives every long prompt its own base; this many sets of frequencies (head_dim / 2 floats) are kept.
+_KEPT_ROPE_BASES = 256
+
+
+class Decoder:
+    """A loaded model. `forward` is the only entry; it changes nothing but the KV cache it is given."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        embedding: torch.Tensor,
+        layers: list[DecoderLayer],
+        final_norm: RMSNorm,
+        head: Linear,
+    ) -> None:
+        self.config = config
+        self.dtype = embedding.dtype
+        self.device = embedding.device
+        self._embedding = embedding
+        self._layers = layers
+        self._final_norm = final_norm
+        self._head = head
+        self._frequencies = lru_cache(maxsize=_KEPT_ROPE_BASES)(self._compute_frequencies)
+
+    @torch.inference_mode()
+    def forward(self, batch: StepBatch, kv_cache: KVCache) -> torch.Tensor:
+        """Append the batch's tokens to the cache and return fp32 logits [len(batch.logit_rows), vocab_size]."""
+        tables = self._step_tables(batch, kv_cache)
+        x = self._embedding.index_select(0, batch.token_ids)
+        for layer in self._layers:
+            x = layer(x, tables, kv_cache)
+        rows = self._final_norm(x.index_select(0, batch.logit_rows))
+        return self._head(rows).float()
+
+    def _step_tables(self, batch: StepBatch, kv_cache: KVCache) -> StepTables:
+        config = self.config
+        plan = plan_attention(
+            query_lens=batch.query_lens,
+            context_lens=batch.context_lens,
+            block_tables=batch.block_tables,
+            slot_ids=batch.slot_ids,
+            num_heads=config.num_heads,
+            num_kv_heads=config.num_kv_heads,
+            num_blocks=kv_cache.num_blocks,
+            block_size=kv_cache.block_size,
+            block_bytes=2 * config.num_kv_heads * kv_cache.block_size * config.head_dim * self.dtype.itemsize,
+            sliding_window=config.sliding_window,
+        )
+        cosines, signed_sines = reference.rope_tables(batch.positions, self._token_frequencies(batch))
+        return StepTables(plan, cosines.to(self.dtype), signed_sines.to(self.dtype))
+
+    def _token_frequencies(self, batch: StepBatch) -> torch.Tensor:
+        """Return fp32 [1, head_dim / 2] when all sequences share a base, else a row for every token."""
+        if len(set(batch.rope_bases)) == 1:
+            return self._frequencies(batch.rope_bases[0]).unsqueeze(0)
+        rows = torch.stack([self._frequencies(base) for base in batch.rope_bases])
+        return rows.repeat_interleave(torch.tensor(batch.query_lens, device=self.device), 0)
+
+    def _compute_frequencies(self, base: float) -> torch.Tensor:
+        return rotary_frequencies(self.config.rope, base, self.config.head_dim).to(self.device)

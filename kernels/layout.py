@@ -1,0 +1,61 @@
+"""The order of 4-bit values inside bytes and words: pack, unpack, dequantize. Nothing else knows it.
+
+Two layouts. AWQ's "gemm" order is what checkpoints hold: eight output columns a 32-bit word, interleaved. The row order
+is ours, in memory: a row's first half in the low nibbles and its second half in the high nibbles, so that unpacking is
+two contiguous writes.
+"""
+
+import torch
+
+NIBBLES_PER_WORD = 8
+# Nibble i (bits 4i..4i+3) of an AWQ word holds output column 8c + AWQ_ORDER[i].
+AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+_AWQ_INVERSE = (0, 4, 1, 5, 2, 6, 3, 7)
+
+
+def pack_awq(values: torch.Tensor) -> torch.Tensor:
+    """Pack integers 0..15, [rows, columns], into AWQ words, int32 [rows, columns / 8]."""
+    rows, columns = values.shape
+    if columns % NIBBLES_PER_WORD:
+        raise ValueError(f"AWQ packs columns by {NIBBLES_PER_WORD}; {columns} columns do not divide")
+    ordered = values.to(torch.int64).view(rows, columns // NIBBLES_PER_WORD, NIBBLES_PER_WORD)[..., list(AWQ_ORDER)]
+    shifts = torch.arange(0, 32, 4, device=values.device)
+    words = (ordered << shifts).sum(-1)  # 0 .. 2**32 - 1
+    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
+
+
+def unpack_awq(words: torch.Tensor) -> torch.Tensor:
+    """Unpack AWQ words, int32 [rows, columns / 8], into integers 0..15, uint8 [rows, columns]."""
+    shifts = torch.arange(0, 32, 4, device=words.device, dtype=torch.int32)
+    nibbles = (words.unsqueeze(-1) >> shifts) & 0xF
+    return nibbles[..., list(_AWQ_INVERSE)].flatten(-2).to(torch.uint8)
+
+
+def pack_rows(values: torch.Tensor) -> torch.Tensor:
+    """Pack integers 0..15, uint8 [..., n], into bytes [..., n / 2]: value j low, value j + n / 2 high."""
+    half = values.shape[-1] // 2
+    if values.shape[-1] != 2 * half:
+        raise ValueError(f"two values share a byte; a row of {values.shape[-1]} values does not divide")
+    return values[..., :half] | (values[..., half:] << 4)
+
+
+def unpack_rows(packed: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """Unpack bytes [..., n / 2] into `out` [..., n] of any numeric dtype, and return it."""
+    half = packed.shape[-1]
+    out[..., :half] = packed & 0xF
+    out[..., half:] = packed >> 4
+    return out
+
+
+def dequantize_awq(
+    qweight: torch.Tensor, qzeros: torch.Tensor | None, scales: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    """Return the weight [out_features, in_features] of an AWQ linear: (q - zero) * scale.
+
+    qweight int32 [in, out / 8], qzeros int32 [groups, out / 8] (None: all zero points are 8), scales [groups, out].
+    """
+    groups, out_features = scales.shape
+    codes = unpack_awq(qweight).to(dtype).view(groups, -1, out_features)
+    zeros = torch.full_like(scales, 8, dtype=dtype) if qzeros is None else unpack_awq(qzeros).to(dtype)
+    weight = (codes - zeros.unsqueeze(1)) * scales.to(dtype).unsqueeze(1)
+    return weight.reshape(-1, out_features).t().contiguous()
