@@ -50,6 +50,8 @@ class CodeCall:
         """End the block; return False when there is no code, or when it stops before a marker or closing fence."""
         if not by_marker and not self._tail.ends_with_fence:
             return False
+        if 0 < self._num_fence_backticks < len(_FENCE):
+            self._begin_unfenced(0)
         self._code.append(self._tail.close())
         self._flush(events)
         if self.open_index is None:
@@ -91,7 +93,8 @@ class CodeCall:
 
     def _begin_unfenced(self, position: int) -> int:
         _, newline, indentation = "".join(self._header).rpartition("\n")
-        self._begin_code((indentation if newline else "") + "`" * self._num_fence_backticks)
+        backticks, self._num_fence_backticks = "`" * self._num_fence_backticks, 0
+        self._begin_code((indentation if newline else "") + backticks)
         return position
 
     def _begin_code(self, text: str) -> None:

@@ -33,17 +33,17 @@ class MarkerLexer(Generic[Kind]):
         self._held = ""  # text that may be the beginning of a marker
 
     def feed(self, piece: Piece) -> Iterator[str | Marker[Kind]]:
-        """Yield the texts and markers that `piece` settles; a control token that is none of ours is text."""
+        """Yield the markers and texts (none empty) `piece` settles; a control token that is none of ours is text."""
         if isinstance(piece, ControlToken):
             kind = self._kinds.get(piece)
             if kind is not None:
                 yield from self.finish()
                 yield Marker(kind, str(piece), by_id=True)
                 return
-        if self._pattern is None:
-            yield str(piece)
-        else:
+        if self._pattern is not None:
             yield from self._split(self._held + piece)
+        elif piece:
+            yield str(piece)
 
     def finish(self) -> Iterator[str]:
         """Yield the text that was held."""

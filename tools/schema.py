@@ -82,8 +82,9 @@ def _normalize_parameters(parameters: object, path: str) -> JsonObject:
         return {"type": "object", "properties": {}}
     if not isinstance(parameters, Mapping):
         raise SchemaError(path, f"must be a JSON Schema object, not {describe(parameters)}")
-    proper = normalize_schema(parameters, path)
-    assert isinstance(proper, dict)
+    schema = normalize_schema(parameters, path)
+    assert isinstance(schema, dict)
+    proper: JsonObject = schema
     types = proper.get("type", "object")
     if "object" not in (types if isinstance(types, list) else [types]):
         raise SchemaError(
@@ -92,7 +93,7 @@ def _normalize_parameters(parameters: object, path: str) -> JsonObject:
     if "type" in proper:
         proper["type"] = "object"
     else:
-        proper = {"type": "object"} | proper
+        proper = {"type": "object", **proper}
     if "properties" in parameters:
         proper.setdefault("properties", {})
     return proper
