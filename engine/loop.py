@@ -1,0 +1,363 @@
+"""The engine: an asyncio task that schedules, launches steps on one engine thread, and hands out what they bring.
+
+Owns the life cycle (load, start, drain, death), the readers' streams and the counters of time. Everything but the
+loading runs on the event loop, so that commands (a new request, a closed iterator) act on the scheduler at once; only
+`Runner.run` is elsewhere.
+"""
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import AsyncGenerator, Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+from .api import (
+    Chunk,
+    ConfigError,
+    EngineDeadError,
+    EngineDrainingError,
+    EngineError,
+    EngineInfo,
+    EngineStats,
+    QueueFullError,
+    Request,
+)
+from .blocks import BlockPool
+from .config import EngineConfig
+from .kv_cache import KVCache
+from .loader import load_model, resolve_model_folder
+from .memory import available_bytes, plan_kv_cache
+from .model_config import ModelConfig
+from .runner import Runner
+from .scheduler import Progress, Scheduler
+from .sequence import new_sequence
+from .stream import OutputStream
+
+logger = logging.getLogger(__name__)
+
+# Longer than any healthy step: the first one on a GPU may compile kernels, a CPU may prefill for a 20B model.
+STEP_LIMIT_S = {"cuda": 180.0, "cpu": 600.0}
+# After the drain's time is up, how long the step in flight may still take before the loop is cancelled.
+LAST_STEP_LIMIT_S = 5.0
+FINISH_WINDOW = 64  # finished requests that the estimate of the waiting time looks back on
+DEFAULT_RETRY_AFTER_S = 1.0  # before two requests have finished, nothing better is known
+
+
+class FinishRate:
+    """How fast requests finish: what a refused client is told to wait, for one place in the queue."""
+
+    def __init__(self) -> None:
+        self._finished_at_s: deque[float] = deque(maxlen=FINISH_WINDOW)
+
+    def record(self, now_s: float) -> None:
+        """Count a finished request."""
+        self._finished_at_s.append(now_s)
+
+    def seconds_per_request(self, now_s: float) -> float:
+        """Return the mean time from one finish to the next; time without any since the last one counts."""
+        if len(self._finished_at_s) < 2:
+            return DEFAULT_RETRY_AFTER_S
+        return (now_s - self._finished_at_s[0]) / (len(self._finished_at_s) - 1)
+
+
+class AsyncEngine:
+    """The Engine of `api.py`: see there for what its methods promise."""
+
+    def __init__(
+        self,
+        runner: Runner,
+        scheduler: Scheduler,
+        pool: BlockPool,
+        *,
+        info: EngineInfo,
+        rope_base_for: Callable[[int], float],
+        max_live_requests: int,
+        step_limit_s: float,
+    ) -> None:
+        self.info = info
+        self._runner = runner
+        self._scheduler = scheduler
+        self._pool = pool
+        self._rope_base_for = rope_base_for
+        self._max_live_requests = max_live_requests
+        self._step_limit_s = step_limit_s
+        self._streams: dict[str, OutputStream] = {}
+        self._finish_rate = FinishRate()
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="lmdserve-engine")
+        self._task: asyncio.Task[None] | None = None
+        self._wake = asyncio.Event()
+        self._is_draining = False
+        self._is_idle = True
+        self._death: str | None = None
+        self._steps_total = 0
+        self._beat_s = time.monotonic()
+
+    async def start(self) -> None:
+        """Start the batching loop; once."""
+        if self._task is not None:
+            raise RuntimeError("the engine was started before; build a new one")
+        self._task = asyncio.create_task(self._run(), name="engine loop")
+
+    async def stop(self, timeout_s: float) -> None:
+        """Refuse new requests, let running ones finish for up to `timeout_s`, abort the rest, free everything."""
+        self._is_draining = True
+        self._wake.set()
+        if self._task is not None:
+            await asyncio.wait({self._task}, timeout=timeout_s)
+            self._abort_all()
+            await asyncio.wait({self._task}, timeout=LAST_STEP_LIMIT_S)
+            self._task.cancel()
+            await asyncio.wait({self._task})
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    async def generate(self, request: Request) -> AsyncGenerator[Chunk, None]:
+        """Yield chunks until one has a finish_reason. Closing the generator early aborts the sequence."""
+        stream = self._submit(request)
+        try:
+            while True:
+                chunk = await stream.next_chunk()
+                yield chunk
+                if chunk.finish_reason is not None:
+                    return
+        finally:
+            if not stream.is_ended:
+                self._scheduler.abort(request.uid)
+                self._streams.pop(request.uid, None)
+
+    def stats(self) -> EngineStats:
+        """Return the current counters."""
+        scheduler, pool = self._scheduler, self._pool
+        return EngineStats(
+            num_running=scheduler.num_running,
+            num_waiting=scheduler.num_waiting,
+            num_total_blocks=pool.num_blocks,
+            num_used_blocks=pool.num_held,
+            num_cached_blocks=pool.num_cached,
+            prompt_tokens_total=scheduler.prompt_tokens_total,
+            generation_tokens_total=scheduler.generation_tokens_total,
+            cached_tokens_total=scheduler.cached_tokens_total,
+            preemptions_total=scheduler.preemptions_total,
+            steps_total=self._steps_total,
+            heartbeat_age_s=0.0 if self._is_idle else time.monotonic() - self._beat_s,
+        )
+
+    def check_health(self) -> None:
+        """Raise EngineDeadError unless the loop is alive; a step that hangs ends the loop by itself."""
+        if self._death is not None:
+            raise EngineDeadError(self._death)
+        if self._task is None or self._task.done():
+            raise EngineDeadError("the engine is not running")
+
+    def _submit(self, request: Request) -> OutputStream:
+        if self._death is not None:
+            raise EngineDeadError(self._death)
+        if self._is_draining:
+            raise EngineDrainingError("the engine is shutting down and takes no new requests")
+        if self._task is None:
+            raise EngineError("the engine has not been started; call start() first")
+        sequence = new_sequence(request, info=self.info, rope_base_for=self._rope_base_for)
+        self._check_queue()
+        self._scheduler.add(sequence)
+        stream = self._streams[request.uid] = OutputStream(sequence)
+        self._wake.set()
+        return stream
+
+    def _check_queue(self) -> None:
+        num_live = self._scheduler.num_running + self._scheduler.num_waiting
+        if num_live >= self._max_live_requests:
+            raise QueueFullError(
+                f"{num_live} requests are running or waiting, as many as are allowed; try again later",
+                self._finish_rate.seconds_per_request(time.monotonic()),
+            )
+
+    async def _run(self) -> None:
+        """Step until drained or dead. Whatever ends the loop, no reader is left waiting."""
+        try:
+            while await self._has_work():
+                await self._step()
+        except EngineDeadError as error:
+            self._die(str(error))
+        except asyncio.CancelledError:
+            self._die("the engine was stopped")
+            raise
+        except Exception as error:
+            logger.exception("the engine loop failed")
+            self._die(f"the engine failed with {type(error).__name__}: {error}; restart the server")
+
+    async def _has_work(self) -> bool:
+        """Sleep while there is nothing to do; False when there never will be."""
+        while self._scheduler.num_running + self._scheduler.num_waiting == 0:
+            if self._is_draining:
+                return False
+            self._is_idle = True
+            self._wake.clear()
+            await self._wake.wait()
+        if self._is_idle:
+            self._is_idle = False
+            self._beat_s = time.monotonic()
+        return True
+
+    async def _step(self) -> None:
+        """Compute one step and publish what it brought."""
+        chunks = self._scheduler.schedule()
+        if not chunks:
+            raise RuntimeError("requests wait and none can be scheduled")
+        work = asyncio.get_running_loop().run_in_executor(self._thread, self._runner.run, chunks)
+        try:
+            async with asyncio.timeout(self._step_limit_s):
+                results = await work
+        except TimeoutError:
+            raise EngineDeadError(
+                f"a step of {len(chunks)} sequences has not come back for {self._step_limit_s:g} s; restart the server"
+            ) from None
+        for progress in self._scheduler.complete(chunks, results):
+            self._publish(progress)
+        self._steps_total += 1
+        self._beat_s = time.monotonic()
+
+    def _publish(self, progress: Progress) -> None:
+        uid = progress.sequence.uid
+        stream = self._streams[uid]
+        stream.put(progress)
+        if stream.is_ended:
+            del self._streams[uid]
+            self._finish_rate.record(time.monotonic())
+
+    def _abort_all(self) -> None:
+        for uid, stream in self._streams.items():
+            self._scheduler.abort(uid)
+            stream.abort()
+        self._streams.clear()
+
+    def _die(self, reason: str) -> None:
+        self._death = reason
+        for uid, stream in self._streams.items():
+            self._scheduler.abort(uid)
+            stream.fail(EngineDeadError(reason))
+        self._streams.clear()
+
+
+def load_engine(config: EngineConfig) -> AsyncEngine:
+    """Decide every "auto", load the model, plan and allocate the KV cache. Blocks; raises ConfigError."""
+    _check_options(config)
+    folder = resolve_model_folder(config.model, config.revision)
+    model_config = ModelConfig.from_folder(folder)
+    _check_model_format(config, model_config)
+    _check_session_len(config, model_config)
+    device = _resolve_device(config)
+    dtype = _resolve_dtype(config, model_config, device)
+    model = load_model(folder, model_config, dtype=dtype, device=device)
+    bytes_per_block = KVCache.bytes_per_block(
+        model_config, block_size=config.cache_block_seq_len, quant_policy=config.quant_policy, dtype=dtype
+    )
+    plan = plan_kv_cache(
+        num_free_bytes=available_bytes(device),
+        bytes_per_block=bytes_per_block,
+        block_size=config.cache_block_seq_len,
+        cache_max_entry_count=config.cache_max_entry_count,
+        max_batch_size=config.max_batch_size,
+        session_len=config.session_len,
+        context_len=model_config.max_position_embeddings,
+    )
+    kv_cache = KVCache(
+        model_config,
+        num_blocks=plan.num_blocks + 1,  # and the pad block
+        block_size=config.cache_block_seq_len,
+        quant_policy=config.quant_policy,
+        dtype=dtype,
+        device=device,
+    )
+    logger.info(
+        "model %s: device %s, dtype %s, weights %s, session length %d, KV cache of %d blocks of %d tokens "
+        "(quant policy %d, %.0f MiB), prefix cache %s",
+        folder,
+        device,
+        str(dtype).removeprefix("torch."),
+        _format_name(model_config),
+        plan.session_len,
+        plan.num_blocks,
+        config.cache_block_seq_len,
+        config.quant_policy,
+        plan.num_blocks * bytes_per_block / 2**20,
+        "on" if config.enable_prefix_caching else "off",
+    )
+    pool = BlockPool(num_blocks=plan.num_blocks, block_size=config.cache_block_seq_len)
+    scheduler = Scheduler(
+        pool,
+        max_batch_size=config.max_batch_size,
+        max_prefill_tokens=config.max_prefill_token_num,
+        enable_prefix_caching=config.enable_prefix_caching,
+    )
+    info = EngineInfo(
+        vocab_size=model_config.vocab_size,
+        session_len=plan.session_len,
+        eos_token_ids=frozenset(t for t in model_config.eos_token_ids if 0 <= t < model_config.vocab_size),
+    )
+    return AsyncEngine(
+        Runner(model, kv_cache, block_size=config.cache_block_seq_len, device=device),
+        scheduler,
+        pool,
+        info=info,
+        rope_base_for=model_config.rope_base,
+        max_live_requests=config.max_batch_size + config.max_queue_size,
+        step_limit_s=STEP_LIMIT_S[device.type],
+    )
+
+
+def _check_options(config: EngineConfig) -> None:
+    if config.tp != 1:
+        raise ConfigError(f"--tp {config.tp} is not supported: a model runs on one GPU so far; use --tp 1")
+    for option, value, least in (
+        ("--max-batch-size", config.max_batch_size, 1),
+        ("--max-prefill-token-num", config.max_prefill_token_num, 1),
+        ("--cache-block-seq-len", config.cache_block_seq_len, 1),
+        ("--max-queue-size", config.max_queue_size, 0),
+        ("--session-len", 1 if config.session_len is None else config.session_len, 1),
+    ):
+        if value < least:
+            raise ConfigError(f"{option} is {value}; give {least} or more")
+    count = config.cache_max_entry_count
+    if not 0 < count < float("inf") or (count >= 1 and count != int(count)):
+        raise ConfigError(
+            f"--cache-max-entry-count is {count:g}; give a share of free memory between 0 and 1, such as 0.8, "
+            "or a whole number of KV blocks"
+        )
+
+
+def _check_model_format(config: EngineConfig, model_config: ModelConfig) -> None:
+    found = _format_name(model_config)
+    if config.model_format not in ("auto", found):
+        raise ConfigError(
+            f"--model-format is {config.model_format} and the checkpoint's format is {found}; "
+            f"leave the option out or give {found}"
+        )
+
+
+def _format_name(model_config: ModelConfig) -> str:
+    return "hf" if model_config.quantization is None else model_config.quantization.method
+
+
+def _check_session_len(config: EngineConfig, model_config: ModelConfig) -> None:
+    limit = model_config.max_position_embeddings
+    if config.session_len is not None and config.session_len > limit and model_config.rope.kind != "dynamic":
+        raise ConfigError(
+            f"--session-len {config.session_len} is longer than the model's context, {limit} tokens, "
+            f"and the model's RoPE does not stretch; give at most {limit}"
+        )
+
+
+def _resolve_device(config: EngineConfig) -> torch.device:
+    has_gpu = torch.cuda.is_available()
+    if config.device == "cuda" and not has_gpu:
+        raise ConfigError("--device is cuda and torch finds no CUDA device; use --device cpu, or install CUDA's torch")
+    is_gpu_wanted = config.device == "cuda" or (config.device == "auto" and has_gpu)
+    return torch.device("cuda", torch.cuda.current_device()) if is_gpu_wanted else torch.device("cpu")
+
+
+def _resolve_dtype(config: EngineConfig, model_config: ModelConfig, device: torch.device) -> torch.dtype:
+    checkpoint_dtype = model_config.dtype_name if device.type == "cuda" else "float32"
+    dtype: torch.dtype = getattr(torch, checkpoint_dtype if config.dtype == "auto" else config.dtype)
+    return dtype
