@@ -98,7 +98,8 @@ class Planner:
         try:
             return await self._off_loop_if_long(_num_chars(messages) + _num_chars(tools), render)
         except ChatTemplateError as error:
-            raise BadRequestError(str(error), param=error.param or "messages") from error
+            message = str(error) if error.param in str(error) else f"{error.param}: {error}"
+            raise BadRequestError(message, param=error.param) from error
 
     async def _tokenize(self, param: str, prompt: str | list[int]) -> list[int]:
         if isinstance(prompt, str):

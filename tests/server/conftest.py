@@ -40,7 +40,7 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def model(model_folder: Path) -> ServedModel:
     return load_served_model(model_folder, name="toy", chat_template=None)
 
