@@ -336,6 +336,8 @@ def test_every_word_of_a_reply_is_used_once(parse, result_of):
         (["\n ", START, PLUGIN, CALL_F, END], (None, [F])),
         ([START, PLUGIN, f"[{CALL_F}, {{]", END], (", {]", [F])),
         ([START, PLUGIN, f"[{CALL_F}", END], (None, [F])),
+        ([START, PLUGIN, f"[ {CALL_F} , {CALL_G} ] ", END], (None, [F, G])),
+        ([START, PLUGIN, '{ "name" : "f" , "parameters" : { "x" : 1 } }', END], (None, [F])),
         ([START, PLUGIN, "[]", END], ("<|action_start|><|plugin|>[]<|action_end|>", [])),
         ([START, PLUGIN, "``json\n", CALL_F, END], (f"<|action_start|><|plugin|>``json\n{CALL_F}<|action_end|>", [])),
         ([START, PLUGIN, f"```\n{CALL_F}``", END], ("``", [F])),
