@@ -94,9 +94,14 @@ class Display:
         self._write(text + "\n", style)
 
     def _write(self, text: str, style: str = "") -> None:
-        if text:
+        if not text:
+            return
+        if style:
             self._console.print(Text(text, style=style), end="", soft_wrap=True)
-            self._is_at_line_start = text.endswith("\n")
+        else:  # past rich, which would turn a model's tabs into spaces
+            self._console.file.write(text)
+            self._console.file.flush()
+        self._is_at_line_start = text.endswith("\n")
 
 
 def _statistics(answer: Answer) -> Iterable[str]:

@@ -32,7 +32,7 @@ class LineReader:
             prompt_continuation=". ",
             key_bindings=_key_bindings(),
             history=self._open_history(history_path),
-            completer=_CommandCompleter(commands),
+            completer=CommandCompleter(commands),
             complete_while_typing=False,
             color_depth=color_depth,
         )
@@ -80,7 +80,9 @@ def unquote(text: str) -> str:
     return text
 
 
-class _CommandCompleter(Completer):
+class CommandCompleter(Completer):
+    """Completes the first word of a line that begins with a slash."""
+
     def __init__(self, commands: Sequence[str]) -> None:
         self._commands = commands
 
