@@ -40,13 +40,15 @@ class ChatRenderer:
         tokenizer: Tokenizer,
         *,
         template: ChatTemplate | None,
-        tool_template: ChatTemplate | None,
+        offer_template: ChatTemplate | None,
+        history_template: ChatTemplate | None,
         tool_format: ToolFormat | None,
     ) -> None:
-        """`tool_template` renders conversations with tools in them; without one, `template` renders those too."""
+        """`offer_template` renders what offers tools, `history_template` what only has calls or results in it."""
         self._tokenizer = tokenizer
         self._template = template
-        self._tool_template = tool_template or template
+        self._offer_template = offer_template
+        self._history_template = history_template
         self._shield = ControlTokenShield(tokenizer.control_tokens)
         self.tool_format = tool_format
         self.stop_token_ids = frozenset(
@@ -61,18 +63,23 @@ class ChatRenderer:
         """
         model_type = str(read_json_object(folder / "config.json").get("model_type", ""))
         sources = {"default": read_template(template_path)} if template_path else checkpoint_templates(folder)
-        own = sources.get("tool_use", sources.get("default"))
-        tool_format = format_for(model_type, own.text if own else None, tokenizer.control_tokens.keys())
-        default, tool_use = sources.get("default"), sources.get("tool_use")
+        own, own_for_tools = sources.get("default"), sources.get("tool_use", sources.get("default"))
+        tool_format = format_for(
+            model_type, own_for_tools.text if own_for_tools else None, tokenizer.control_tokens.keys()
+        )
+        ours = None
         if tool_format is not None and tool_format.chat_template is not None and template_path is None:
-            tool_use = TemplateSource(tool_format.chat_template, f"built-in {tool_format.name} template")
-        if default is None:
-            default = tool_use or builtin_template(model_type, tokenizer.control_tokens)
+            ours = TemplateSource(tool_format.chat_template, f"built-in {tool_format.name} template")
+        default = own or ours or builtin_template(model_type, tokenizer.control_tokens)
+        if own is None:
             logger.info("no chat template in %s: using %s", folder, default.origin if default else "none")
+        template, tool_template = _compiled(default), _compiled(ours or sources.get("tool_use"))
         return cls(
             tokenizer,
-            template=_compiled(default),
-            tool_template=_compiled(tool_use),
+            template=template,
+            offer_template=tool_template or template,
+            # A checkpoint's own template for tools counts on there being some.
+            history_template=(tool_template if ours else None) or template,
             tool_format=tool_format,
         )
 
@@ -139,7 +146,10 @@ class ChatRenderer:
         return [s if isinstance(s, ControlToken) else self._shield.uncover(s) for s in segments]
 
     def _template_for(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]) -> ChatTemplate:
-        template = self._tool_template if tools or any(map(_is_about_tools, messages)) else self._template
+        if tools:
+            template = self._offer_template
+        else:
+            template = self._history_template if any(map(_is_about_tools, messages)) else self._template
         if template is None:
             raise ChatTemplateError(
                 "this model has no chat template and cannot take messages; use /v1/completions, "
@@ -164,9 +174,8 @@ class ChatRenderer:
         return covered
 
     def _covered_message(self, message: Mapping[str, Any]) -> dict[str, Any]:
-        allowed = _REASONING_MARKS if message["role"] == "assistant" else ()
         return {
-            key: value if key == "role" else self._shield.cover(value, allowed=allowed)
+            key: value if key == "role" else self._shield.cover(value, allowed=_allowed_marks(message["role"], key))
             for key, value in message.items()
         }
 
@@ -190,6 +199,11 @@ class ChatRenderer:
 
 def _compiled(source: TemplateSource | None) -> ChatTemplate | None:
     return None if source is None else ChatTemplate(source.text, origin=source.origin)
+
+
+def _allowed_marks(role: str, key: str) -> frozenset[str]:
+    is_models_own_text = role == "assistant" and key in ("content", "reasoning_content")
+    return _REASONING_MARKS if is_models_own_text else frozenset()
 
 
 def _is_about_tools(message: Mapping[str, Any]) -> bool:

@@ -139,3 +139,157 @@ PIPELINES: dict[str, Callable[[], tokenizers.Tokenizer]] = {
     "prefix_everywhere": _prefix_everywhere,
     "prefix_first": _prefix_first,
 }
+
+
+# Small templates in the manner of each family: what they share with the real ones is the features they use.
+QWEN_TEMPLATE = """\
+{%- if tools %}
+    {{- '<|im_start|>system\\n' }}
+    {%- if messages[0].role == 'system' %}{{- messages[0].content + '\\n\\n' }}{%- endif %}
+    {{- '<tools>' }}
+    {%- for tool in tools %}
+        {{- '\\n' }}
+        {{- tool | tojson }}
+    {%- endfor %}
+    {{- '\\n</tools><|im_end|>\\n' }}
+{%- elif messages[0].role == 'system' %}
+    {{- '<|im_start|>system\\n' + messages[0].content + '<|im_end|>\\n' }}
+{%- endif %}
+{%- for message in messages %}
+    {%- if message.role == 'system' and loop.first %}{%- continue %}{%- endif %}
+    {%- if message.role == 'assistant' %}
+        {%- set content = message.content %}
+        {%- if '</think>' in content %}
+            {%- set content = content.split('</think>')[-1].lstrip('\\n') %}
+        {%- endif %}
+        {{- '<|im_start|>assistant\\n' + content }}
+        {%- for call in message.tool_calls or [] %}
+            {{- '\\n<tool_call>\\n{"name": "' + call.function.name + '", "arguments": ' }}
+            {{- call.function.arguments | tojson }}
+            {{- '}\\n</tool_call>' }}
+        {%- endfor %}
+        {{- '<|im_end|>\\n' }}
+    {%- elif message.role == 'tool' %}
+        {{- '<|im_start|>user\\n<tool_response>\\n' + message.content + '\\n</tool_response><|im_end|>\\n' }}
+    {%- else %}
+        {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' + '\\n' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+    {%- if enable_thinking is defined and enable_thinking is false %}
+        {{- '<think>\\n\\n</think>\\n\\n' }}
+    {%- endif %}
+{%- endif %}
+"""
+
+LLAMA3_TEMPLATE = """\
+{{- bos_token }}
+{%- if not date_string is defined %}{%- set date_string = '26 Jul 2024' %}{%- endif %}
+{{- '<|start_header_id|>system<|end_header_id|>\\n\\nToday Date: ' + date_string + '\\n' }}
+{%- for tool in tools or [] %}
+    {{- tool | tojson(indent=4) }}
+{%- endfor %}
+{{- '<|eot_id|>' }}
+{%- for message in messages %}
+    {%- set role = 'ipython' if message.role in ('tool', 'ipython') else message.role %}
+    {{- '<|start_header_id|>' + role + '<|end_header_id|>\\n\\n' }}
+    {%- if message.tool_calls %}
+        {%- if message.tool_calls | length != 1 %}{{- raise_exception('only one call at once') }}{%- endif %}
+        {%- set function = message.tool_calls[0].function %}
+        {{- '{"name": "' + function.name + '", "parameters": ' + function.arguments | tojson + '}' }}
+    {%- else %}
+        {%- generation %}{{- message.content | trim }}{%- endgeneration %}
+    {%- endif %}
+    {{- '<|eot_id|>' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}
+{%- endif %}
+"""
+
+MISTRAL_TEMPLATE = """\
+{{ bos_token }}
+{%- if tools %}{{ '[AVAILABLE_TOOLS]' + tools | tojson + '[/AVAILABLE_TOOLS]' }}{%- endif %}
+{%- for message in messages %}
+    {%- if message.role == 'user' %}
+        {{- '[INST]' + message.content + '[/INST]' }}
+    {%- elif message.tool_calls %}
+        {{- '[TOOL_CALLS][' }}
+        {%- for call in message.tool_calls %}
+            {{- {'name': call.function.name, 'arguments': call.function.arguments, 'id': call.id} | tojson }}
+            {{- ', ' if not loop.last }}
+        {%- endfor %}
+        {{- ']' + eos_token }}
+    {%- elif message.role == 'assistant' %}
+        {{- message.content + eos_token }}
+    {%- elif message.role == 'tool' %}
+        {{- '[TOOL_RESULTS]' + {'content': message.content, 'call_id': message.tool_call_id} | tojson }}
+        {{- '[/TOOL_RESULTS]' }}
+    {%- endif %}
+{%- endfor %}
+"""
+
+THINK_AND_TOOL_MARKS = [
+    tokenizers.AddedToken(text, special=False, normalized=False)
+    for text in ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>")
+]
+MISTRAL_MARKS = [
+    f"[{slash}{name}]"
+    for name in ("INST", "AVAILABLE_TOOLS", "TOOL_RESULTS")
+    for slash in ("", "/")
+] + ["[TOOL_CALLS]"]  # fmt: skip
+INTERNLM2_MARKS = [
+    f"<|{name}|>" for name in ("plugin", "interpreter", "action_end", "action_start", "im_end", "im_start")
+]
+
+
+@pytest.fixture(scope="session")
+def family_folders(write_tokenizer_json: Callable[..., Path]) -> dict[str, Path]:
+    """One small checkpoint folder per family, by name."""
+
+    def named(template: str | None, **tokens: str) -> dict[str, Any]:
+        return tokens if template is None else tokens | {"chat_template": template}
+
+    def config(model_type: str) -> dict[str, Any]:
+        return {"model_type": model_type}
+
+    llama2_tokens = {"bos_token": "<s>", "eos_token": "</s>"}
+    return {
+        "internlm2": write_tokenizer_json(
+            "byte_level",
+            ["<s>", "</s>", *INTERNLM2_MARKS],
+            tokenizer_config=named(None, **llama2_tokens),
+            config=config("internlm2"),
+        ),
+        "internlm": write_tokenizer_json(
+            "prefix_everywhere",
+            ["<s>", "</s>", "<eoh>", "<eoa>"],
+            tokenizer_config=named(None, **llama2_tokens),
+            config=config("internlm"),
+        ),
+        "qwen": write_tokenizer_json(
+            "byte_level",
+            ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *THINK_AND_TOOL_MARKS],
+            tokenizer_config=named(QWEN_TEMPLATE, eos_token="<|im_end|>"),
+            config=config("qwen3"),
+        ),
+        "llama3": write_tokenizer_json(
+            "byte_level",
+            ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|eom_id|>"],
+            tokenizer_config=named(LLAMA3_TEMPLATE, bos_token="<|begin_of_text|>", eos_token="<|eot_id|>"),
+            config=config("llama"),
+        ),
+        "llama2": write_tokenizer_json(
+            "prefix_everywhere",
+            ["<s>", "</s>"],
+            tokenizer_config=named(None, **llama2_tokens),
+            config=config("llama"),
+        ),
+        "mistral": write_tokenizer_json(
+            "prefix_first",
+            ["<s>", "</s>", *MISTRAL_MARKS],
+            tokenizer_config=named(MISTRAL_TEMPLATE, **llama2_tokens),
+            config=config("mistral"),
+        ),
+    }
