@@ -225,8 +225,8 @@ def _nucleus_thresholds(weights: torch.Tensor, samplings: SequenceOf[SamplingPar
     if all(s.top_p == 1.0 for s in samplings):
         return thresholds
     kept = torch.where(weights < thresholds, 0.0, weights)
-    wanted = kept.cumsum(dim=-1, dtype=torch.float64)[:, -1:]
-    wanted *= _column([s.top_p if s.top_p < 1.0 else 0.0 for s in samplings], weights, dtype=torch.float64)
+    shares = _column([s.top_p if s.top_p < 1.0 else 0.0 for s in samplings], weights, dtype=torch.float64)
+    wanted = shares * kept.cumsum(dim=-1, dtype=torch.float64)[:, -1:]
     is_nucleus = torch.tensor([s.top_p < 1.0 for s in samplings], device=weights.device)[:, None]
     return torch.where(is_nucleus, torch.maximum(thresholds, _mass_thresholds(weights, head, wanted)), thresholds)
 
