@@ -33,10 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         client = AsyncClient(arguments.url, arguments.api_key)
     except (SettingError, ValueError) as error:
         parser.error(str(error))
-    is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
     try:
-        message = None if is_terminal else sys.stdin.buffer.read().decode("utf-8", errors="replace")
-        return asyncio.run(_run(client, options, message))
+        return asyncio.run(talk(client, options, piped_message()))
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except BrokenPipeError:
@@ -67,7 +65,15 @@ def add_api_key_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
-async def _run(client: "AsyncClient", options: ReplOptions, message: str | None) -> int:
+def piped_message() -> str | None:
+    """Return all of standard input when this is a pipe and not a terminal, else None."""
+    if sys.stdin.isatty() and sys.stdout.isatty():
+        return None
+    return sys.stdin.buffer.read().decode("utf-8", errors="replace")
+
+
+async def talk(client: "AsyncClient", options: ReplOptions, message: str | None) -> int:
+    """Run the REPL, or answer one `message`; return the exit status. Closes the client."""
     async with client:
         if message is None:
             from .repl import run_repl

@@ -24,7 +24,7 @@ class ReplOptions:
     has_color: bool = True
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse._ActionsContainer) -> None:
     """Add the REPL's options to `parser`; `options_from` reads them back."""
     parser.add_argument("--system", metavar="TEXT", help="system message to start with")
     parser.add_argument(

@@ -10,7 +10,7 @@ import logging
 import os
 import secrets
 import sys
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Collection, Coroutine, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lmdserve import __version__
@@ -21,6 +21,8 @@ from .config import ServerConfig
 from .options import OptionParser, add_options, read_options, suggestion
 
 if TYPE_CHECKING:
+    from lmdserve.clients.options import ReplOptions
+
     from .model import ServedModel
 
 OVERVIEW = """\
@@ -56,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def serve(arguments: Sequence[str]) -> int:
     """`lmdserve [serve]`: load the model, listen, and stop cleanly on SIGTERM or Ctrl-C."""
     parser = OptionParser(prog="lmdserve", usage=OVERVIEW.removeprefix("usage: ").rstrip())
-    engine_config, server_config = _parse(parser, arguments, log_level="INFO")
+    engine_config, server_config, _ = _parse(parser, arguments, log_level="INFO")
     server_config = _with_keys_from_environment(server_config)
     engine, model = _load(engine_config, server_config)
 
@@ -74,24 +76,38 @@ def serve(arguments: Sequence[str]) -> int:
 
 
 def chat(arguments: Sequence[str]) -> int:
-    """`lmdserve chat M`: the REPL of api_client on a server of its own, reachable from this process only."""
+    """`lmdserve chat M`: api_client on a server of its own that only this process can use."""
+    from lmdserve.clients.api_client import piped_message
+    from lmdserve.clients.options import add_arguments, options_from
+    from lmdserve.clients.settings import SettingError
+
     parser = OptionParser(prog="lmdserve chat", usage="lmdserve chat [M] [options]")
-    engine_config, server_config = _parse(parser, arguments, log_level="WARNING")
+    add_arguments(parser.add_argument_group("conversation"))
+    engine_config, server_config, namespace = _parse(
+        parser, arguments, log_level="WARNING", only=("chat_template", "log_level")
+    )
+    try:
+        repl_options = options_from(namespace, model=None)
+    except SettingError as error:
+        parser.error(str(error))
     server_config = dataclasses.replace(
         server_config, server_name="127.0.0.1", server_port=0, api_keys=(secrets.token_urlsafe(),), shutdown_timeout=1.0
     )
+    message = piped_message()
     engine, model = _load(engine_config, server_config)
-    return _run(_chat(engine, model, server_config))
+    return _run(_chat(engine, model, server_config, repl_options, message))
 
 
-async def _chat(engine: Engine, model: "ServedModel", config: ServerConfig) -> int:
-    from lmdserve.clients.api_client import run_repl
+async def _chat(
+    engine: Engine, model: "ServedModel", config: ServerConfig, options: "ReplOptions", message: str | None
+) -> int:
+    from lmdserve.clients.api_client import talk
     from lmdserve.clients.http import AsyncClient
 
     from .app import build, listening
 
-    async with listening(build(engine, model, config), config) as url, AsyncClient(url, config.api_keys[0]) as client:
-        return await run_repl(client)
+    async with listening(build(engine, model, config), config) as url:
+        return await talk(AsyncClient(url, config.api_keys[0]), options, message)
 
 
 def bench(arguments: Sequence[str]) -> int:
@@ -104,17 +120,19 @@ def bench(arguments: Sequence[str]) -> int:
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"serve": serve, "chat": chat, "bench": bench}
 
 
-def _parse(parser: OptionParser, arguments: Sequence[str], *, log_level: str) -> tuple[EngineConfig, ServerConfig]:
+def _parse(
+    parser: OptionParser, arguments: Sequence[str], *, log_level: str, only: Collection[str] | None = None
+) -> tuple[EngineConfig, ServerConfig, argparse.Namespace]:
     parser.add_argument("model_argument", nargs="?", metavar="M", help=argparse.SUPPRESS)
     add_options(parser, EngineConfig, title="model and engine")
-    add_options(parser, ServerConfig, title="server")
+    add_options(parser, ServerConfig, title="server", only=only)
     parser.set_defaults(log_level=log_level)
     namespace = parser.parse_known(arguments)
     if namespace.model_argument is not None:
         namespace.model = namespace.model_argument
     engine_config, server_config = read_options(EngineConfig, namespace), read_options(ServerConfig, namespace)
     logging.basicConfig(level=server_config.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    return engine_config, server_config
+    return engine_config, server_config, namespace
 
 
 def _with_keys_from_environment(config: ServerConfig) -> ServerConfig:

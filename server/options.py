@@ -8,7 +8,7 @@ import argparse
 import dataclasses
 import difflib
 import types
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
 Config = TypeVar("Config")
@@ -44,8 +44,9 @@ class _HelpFormatter(argparse.HelpFormatter):
         super().__init__(prog, max_help_position=34, width=110)
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        shows_default = action.option_strings and action.default not in (None, argparse.SUPPRESS, ())
-        return f"{action.help} (default: %(default)s)" if action.help and shows_default else action.help
+        if not action.help or "%(default)" in action.help or action.default in (None, argparse.SUPPRESS, (), []):
+            return action.help
+        return action.help if action.nargs == 0 and not action.default else f"{action.help} (default: %(default)s)"
 
 
 def suggestion(word: str, known: Iterable[str]) -> str:
@@ -54,11 +55,15 @@ def suggestion(word: str, known: Iterable[str]) -> str:
     return f" (did you mean {nearest[0]}?)" if nearest else ""
 
 
-def add_options(parser: argparse.ArgumentParser, config_type: type, *, title: str) -> None:
-    """Add one option for each field of the dataclass `config_type`, in a group of this title."""
+def add_options(
+    parser: argparse.ArgumentParser, config_type: type, *, title: str, only: Collection[str] | None = None
+) -> None:
+    """Add one option for each field of the dataclass `config_type` (or for those in `only`), in a group of this title."""
     group = parser.add_argument_group(title)
     hints = get_type_hints(config_type)
     for field in dataclasses.fields(config_type):
+        if only is not None and field.name not in only:
+            continue
         name = "--" + field.name.replace("_", "-")
         text = field.metadata["help"].replace("%", "%%")
         kind = _without_none(hints[field.name])
@@ -76,7 +81,8 @@ def add_options(parser: argparse.ArgumentParser, config_type: type, *, title: st
 
 def read_options(config_type: type[Config], namespace: argparse.Namespace) -> Config:
     """Build the dataclass `config_type` from the options that `add_options` added for it."""
-    values = {field.name: getattr(namespace, field.name) for field in dataclasses.fields(config_type)}  # type: ignore[arg-type]
+    names = [field.name for field in dataclasses.fields(config_type) if field.name in namespace]  # type: ignore[arg-type]
+    values = {name: getattr(namespace, name) for name in names}
     return config_type(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
 
