@@ -7,6 +7,7 @@ loading runs on the event loop, so that commands (a new request, a closed iterat
 
 import asyncio
 import logging
+import math
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable
@@ -308,19 +309,11 @@ def load_engine(config: EngineConfig) -> AsyncEngine:
 
 
 def _check_options(config: EngineConfig) -> None:
+    """Refuse what the bounds of the single options cannot tell."""
     if config.tp != 1:
         raise ConfigError(f"--tp {config.tp} is not supported: a model runs on one GPU so far; use --tp 1")
-    for option, value, least in (
-        ("--max-batch-size", config.max_batch_size, 1),
-        ("--max-prefill-token-num", config.max_prefill_token_num, 1),
-        ("--cache-block-seq-len", config.cache_block_seq_len, 1),
-        ("--max-queue-size", config.max_queue_size, 0),
-        ("--session-len", 1 if config.session_len is None else config.session_len, 1),
-    ):
-        if value < least:
-            raise ConfigError(f"{option} is {value}; give {least} or more")
     count = config.cache_max_entry_count
-    if not 0 < count < float("inf") or (count >= 1 and count != int(count)):
+    if not math.isfinite(count) or (count >= 1 and count != int(count)):
         raise ConfigError(
             f"--cache-max-entry-count is {count:g}; give a share of free memory between 0 and 1, such as 0.8, "
             "or a whole number of KV blocks"

@@ -162,8 +162,9 @@ def _read_logits(chunks: SequenceOf[Chunk], logits: torch.Tensor) -> list[ChunkR
         if chunk.is_sampled:
             sampled_rows.append(row)
             row += 1
-    sampled_logits = logits if len(sampled_rows) == row else logits[torch.tensor(sampled_rows, device=logits.device)]
-    samples = iter(sample(sampled_logits, [chunk.sequence for chunk in chunks if chunk.is_sampled]))
+    if len(sampled_rows) < row:
+        logits = logits[torch.tensor(sampled_rows, dtype=torch.int64, device=logits.device)]
+    samples = iter(sample(logits, [chunk.sequence for chunk in chunks if chunk.is_sampled]))
     return [
         _result(next(samples) if chunk.is_sampled else None, logprobs)
         for chunk, logprobs in zip(chunks, prompt_logprobs, strict=True)

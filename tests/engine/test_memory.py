@@ -1,0 +1,149 @@
+"""The KV plan's arithmetic and messages, what the machine says is free, and every "auto" that load_engine decides."""
+
+import logging
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lmdserve.engine import loop, memory
+from lmdserve.engine.api import ConfigError
+from lmdserve.engine.config import EngineConfig
+from lmdserve.engine.memory import KVCachePlan, plan_kv_cache
+
+MIB = 2**20
+
+
+def _plan(**changes: Any) -> KVCachePlan:
+    numbers: dict[str, Any] = {
+        "num_free_bytes": 1000 * MIB,
+        "bytes_per_block": MIB,
+        "block_size": 64,
+        "cache_max_entry_count": 0.5,
+        "max_batch_size": 100,
+        "session_len": None,
+        "context_len": 6400,
+    }
+    return plan_kv_cache(**(numbers | changes))
+
+
+def test_a_share_of_free_memory_becomes_blocks() -> None:
+    assert _plan() == KVCachePlan(num_blocks=500, session_len=6400)
+
+
+def test_no_more_blocks_than_full_sessions_can_use() -> None:
+    assert _plan(max_batch_size=2).num_blocks == 200
+    assert _plan(max_batch_size=2, session_len=65).num_blocks == 4
+
+
+def test_a_number_of_blocks_is_taken_as_it_is() -> None:
+    assert _plan(cache_max_entry_count=700.0, max_batch_size=1).num_blocks == 700
+
+
+def test_a_number_of_blocks_beyond_memory_is_refused() -> None:
+    message = "--cache-max-entry-count 1001 is 1001 MiB of KV blocks and 1000 MiB of memory is free; give at most 1000"
+    with pytest.raises(ConfigError, match=message):
+        _plan(cache_max_entry_count=1001.0)
+
+
+@pytest.mark.parametrize("count", [0.05, 50.0])
+def test_the_default_session_shrinks_to_what_fits_and_says_so(count: float, caplog: pytest.LogCaptureFixture) -> None:
+    assert _plan(cache_max_entry_count=count) == KVCachePlan(num_blocks=50, session_len=3200)
+    assert "needs 100 KV blocks and there are 50: sessions are limited to 3200 tokens" in caplog.text
+
+
+def test_a_session_asked_for_that_does_not_fit_is_refused_with_numbers() -> None:
+    message = (
+        r"a session of 6400 tokens needs 100 KV blocks of 64 tokens \(100 MiB\) and there are 50 "
+        r"\(1000 MiB of memory is free, --cache-max-entry-count is 0\.05\); lower --session-len to at most 3200, raise"
+    )
+    with pytest.raises(ConfigError, match=message):
+        _plan(session_len=6400, cache_max_entry_count=0.05)
+
+
+def test_memory_for_not_even_one_block_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"there are 0 .* lower --session-len, raise"):
+        _plan(num_free_bytes=MIB)
+
+
+def test_a_session_length_that_is_no_multiple_of_the_block_gets_its_last_block() -> None:
+    assert _plan(session_len=6401, max_batch_size=1).num_blocks == 101
+
+
+def test_free_memory_is_a_number_of_this_machine() -> None:
+    available = memory.available_bytes(torch.device("cpu"))
+    assert 16 * MIB < available < 2**50
+
+
+def test_a_container_limit_counts_page_cache_as_free(tmp_path: Path) -> None:
+    (tmp_path / "memory.max").write_text(f"{100 * MIB}\n")
+    (tmp_path / "memory.current").write_text(f"{60 * MIB}\n")
+    (tmp_path / "memory.stat").write_text(f"anon {40 * MIB}\ninactive_file {20 * MIB}\n")
+    assert memory._container_available_bytes(tmp_path) == 60 * MIB
+    (tmp_path / "memory.max").write_text("max\n")
+    assert memory._container_available_bytes(tmp_path) is None
+    assert memory._container_available_bytes(tmp_path / "absent") is None
+
+
+def _config(folder: Path, **changes: Any) -> EngineConfig:
+    return EngineConfig(**({"model": str(folder), "device": "cpu", "cache_max_entry_count": 40.0} | changes))
+
+
+def test_loading_resolves_everything_and_logs_it_once(tiny_checkpoint: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="lmdserve.engine.loop"):
+        engine = loop.load_engine(_config(tiny_checkpoint, device="auto", quant_policy=8))
+    (record,) = [record for record in caplog.records if record.name == "lmdserve.engine.loop"]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    for part in (f"device {device}", "dtype float32", "weights hf", "session length 512", "40 blocks of 64 tokens"):
+        assert part in record.getMessage()
+    assert (engine.info.vocab_size, engine.info.session_len, engine.info.eos_token_ids) == (199, 512, frozenset({2}))
+    assert engine.stats().num_total_blocks == 40
+
+
+def test_without_a_session_length_the_context_shrinks_to_the_blocks(tiny_checkpoint: Path) -> None:
+    assert loop.load_engine(_config(tiny_checkpoint, cache_max_entry_count=3.0)).info.session_len == 192
+
+
+def test_dynamic_rope_allows_sessions_beyond_the_context(tiny_checkpoint: Path) -> None:
+    assert loop.load_engine(_config(tiny_checkpoint, session_len=2048)).info.session_len == 2048
+
+
+def test_fixed_rope_does_not(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    text = (tiny_checkpoint / "config.json").read_text()
+    (tmp_path / "config.json").write_text(re.sub(r'"rope_scaling": {[^}]*}', '"rope_scaling": null', text))
+    with pytest.raises(ConfigError, match=r"--session-len 513 is longer than the model's context, 512 tokens"):
+        loop.load_engine(_config(tmp_path, session_len=513))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tp": 2}, "--tp 2 is not supported"),
+        ({"max_batch_size": 0}, "--max-batch-size is 0; give 1 or more"),
+        ({"cache_max_entry_count": 0.0}, "--cache-max-entry-count is 0.0; give 0.001 or more"),
+        ({"cache_max_entry_count": 1.5}, "--cache-max-entry-count is 1.5; give a share"),
+        ({"cache_max_entry_count": float("nan")}, "--cache-max-entry-count is nan; give a share"),
+        ({"model_format": "awq"}, "--model-format is awq and the checkpoint's format is hf"),
+        ({"session_len": 512, "cache_max_entry_count": 7.0}, "needs 8 KV blocks .* and there are 7"),
+    ],
+    ids=str,
+)
+def test_options_that_cannot_be_honoured_are_refused(
+    tiny_checkpoint: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        loop.load_engine(_config(tiny_checkpoint, **changes))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_a_gpu_asked_for_and_absent_is_refused(tiny_checkpoint: Path) -> None:
+    with pytest.raises(ConfigError, match="torch finds no CUDA device"):
+        loop.load_engine(_config(tiny_checkpoint, device="cuda"))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_compute_type_asked_for_is_used(tiny_checkpoint: Path, dtype: str) -> None:
+    engine = loop.load_engine(_config(tiny_checkpoint, dtype=dtype))
+    assert str(engine._runner._kv_cache.dtype) == f"torch.{dtype}"
