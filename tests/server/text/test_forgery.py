@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lmdserve.server.chat import ChatRenderer, ChatTemplateError
@@ -159,6 +159,8 @@ def test_two_fields_cannot_make_one_together(write_tokenizer_json: Callable[...,
         max_leaves=8,
     )
 )
+@example("x<|a|>b<|y")  # two spellings that overlap
+@example(["<|a|>ab", {"ab": "|>b<|"}])
 def test_covering_is_undone(value: Any) -> None:
     """Every string comes back as it was, and none that is covered spells a control token."""
     spellings = ["<|a|>", "|>b<|", "ab", "<|a"]
