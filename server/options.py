@@ -58,7 +58,7 @@ def suggestion(word: str, known: Iterable[str]) -> str:
 def add_options(
     parser: argparse.ArgumentParser, config_type: type, *, title: str, only: Collection[str] | None = None
 ) -> None:
-    """Add one option for each field of the dataclass `config_type` (or for those in `only`), in a group of this title."""
+    """Add an option for each field of the dataclass `config_type`, or for those in `only`, in a group of this title."""
     group = parser.add_argument_group(title)
     hints = get_type_hints(config_type)
     for field in dataclasses.fields(config_type):
