@@ -33,17 +33,14 @@ class EventStream:
         self._lock = asyncio.Lock()  # an event, then a comment; never a comment while an event waits for a slow reader
         self._loop = asyncio.get_running_loop()
         self._written_at = self._loop.time()
-        self._keep_alive_task: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> "EventStream":
-        if self._keep_alive_interval_s > 0:
-            self._keep_alive_task = self._loop.create_task(self._keep_alive())
+        self._keep_alive_task = self._loop.create_task(self._keep_alive())
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        if self._keep_alive_task is not None:
-            self._keep_alive_task.cancel()
-            await asyncio.gather(self._keep_alive_task, return_exceptions=True)
+        self._keep_alive_task.cancel()
+        await asyncio.gather(self._keep_alive_task, return_exceptions=True)
 
     async def send(self, chunks: Sequence[bytes]) -> None:
         """Write some events at once."""

@@ -1,4 +1,4 @@
-"""POST /v1/completions through the real openai SDK: all kinds of prompts, echo, logprobs, choices of several prompts."""
+"""POST /v1/completions through the real openai SDK: all kinds of prompts, echo, logprobs, several choices."""
 
 from collections.abc import AsyncIterator
 from typing import Any

@@ -1,0 +1,101 @@
+"""A client that leaves ends its sequences at once: on both event loops, streamed or not, before or after a token."""
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import pytest
+import uvloop
+from raw_http import RawClient
+from server_fakes import FakeEngine, answer, chat_body, running
+
+from lmdserve.engine.api import Chunk
+from lmdserve.server.model import ServedModel
+
+LOOPS = {"uvloop": uvloop.new_event_loop, "asyncio": asyncio.new_event_loop}
+CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+ABORTED_WITHIN_S = 0.1
+
+
+def on_loop(name: str, main: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    with asyncio.Runner(loop_factory=LOOPS[name]) as runner:
+        runner.run(main())
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(2.0):
+        while not condition():
+            await asyncio.sleep(0.002)
+
+
+@pytest.mark.parametrize("loop_name", LOOPS)
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize("has_begun", [False, True])
+def test_hanging_up_aborts_every_choice(
+    engine: FakeEngine, model: ServedModel, loop_name: str, stream: bool, n: int, has_begun: bool
+) -> None:
+    """The engine is silent for a minute when the client leaves: only the lost connection can end the sequence."""
+    engine.script = lambda request: [*([Chunk(tuple(b"a"))] if has_begun else []), 60.0]
+
+    async def main() -> None:
+        async with running(engine, model) as url, RawClient(url) as client:
+            await client.post(CHAT, chat_body(stream=stream, n=n))
+            await until(lambda: len(engine.live) == n)
+            if has_begun and stream:
+                await client.read_head()
+            client.hang_up()
+            await engine.until_idle(ABORTED_WITHIN_S)
+        assert sorted(engine.aborted) == sorted(request.uid for request in engine.requests)
+        assert len(engine.aborted) == n
+
+    on_loop(loop_name, main)
+
+
+async def test_a_busy_stream_is_aborted_too(url: str, engine: FakeEngine) -> None:
+    engine.script = lambda request: answer("x" * 100_000, pause_s=0.001)
+    async with RawClient(url) as client:
+        await client.post(COMPLETIONS, {"prompt": "a", "stream": True})
+        await client.read_head()
+        await client.read_chunk()
+        client.hang_up()
+        await engine.until_idle(ABORTED_WITHIN_S)
+    assert engine.aborted == [engine.requests[0].uid]
+
+
+async def test_one_failing_choice_ends_the_others(url: str, engine: FakeEngine) -> None:
+    failing = iter([True])
+    engine.script = lambda request: [0.05, ValueError("bug")] if next(failing, False) else [60.0]
+    async with RawClient(url) as client:
+        await client.post(CHAT, chat_body(n=3))
+        status, _ = await client.read_head()
+    assert status == 500
+    assert not engine.live
+    assert len(engine.aborted) == 2
+
+
+async def test_the_connection_serves_the_next_request(url: str, engine: FakeEngine) -> None:
+    """Keep-alive survives a whole stream."""
+    async with RawClient(url) as client:
+        for _ in range(3):
+            await client.post(CHAT, chat_body(stream=True))
+            status, _ = await client.read_head()
+            assert status == 200
+            assert (await client.read_rest()).endswith(b"data: [DONE]\n\n")
+
+
+async def test_a_disconnect_is_counted_and_logs_no_traceback(
+    url: str, engine: FakeEngine, caplog: pytest.LogCaptureFixture
+) -> None:
+    import aiohttp
+
+    engine.script = lambda request: [Chunk(tuple(b"a")), 60.0]
+    async with RawClient(url) as client:
+        await client.post(CHAT, chat_body(stream=True))
+        await client.read_head()
+        client.hang_up()
+        await engine.until_idle()
+    async with aiohttp.ClientSession() as session, session.get(f"{url}/metrics") as reply:
+        page = await reply.text()
+    assert 'lmdserve_requests_total{outcome="disconnected",route="/v1/chat/completions"} 1.0' in page
+    assert not [record for record in caplog.records if record.exc_info or record.levelname in ("ERROR", "WARNING")]
