@@ -20,6 +20,7 @@ from .model_config import RopeConfig
 class StepTables:
     """What all layers of one step share."""
 
+    num_tokens: int  # hidden states may have more rows, which repeat the first and are dropped in the end
     plan: AttentionPlan
     cosines: torch.Tensor  # fp32 or the compute type, [num_tokens, 1, head_dim]
     signed_sines: torch.Tensor
@@ -58,7 +59,9 @@ class Attention:
         reference.apply_rope_(rotated, tables.cosines, tables.signed_sines)
         data, scales = kv_cache.layer(self.layer)
         # Appended first and read back, so that a token's past is the same bits whether or not it came in this step.
-        reference.append_kv(heads[:, self.num_heads :], data, scales, tables.plan.append_rows, kv_cache.bits)
+        reference.append_kv(
+            heads[: tables.num_tokens, self.num_heads :], data, scales, tables.plan.append_rows, kv_cache.bits
+        )
         attended = reference.paged_attention(
             heads[:, : self.num_heads],
             data,

@@ -6,6 +6,7 @@ Measured for float32 with AVX2, AVX-512 and SSE4.1 kernels, 1 and 2 threads, 33x
 bfloat16 and float16 carry no such promise: their kernels split long inner dimensions by row count.
 """
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -15,6 +16,9 @@ from lmdserve.kernels import reference
 
 # Without oneDNN, products of one fixed number of rows keep the same promise, at up to four times the cost.
 _FIXED_ROWS = 8
+
+# The overload itself: looking it up by name costs as much as a small operation.
+_onednn_linear: Callable[..., torch.Tensor] = torch.ops.mkldnn._linear_pointwise.default
 
 
 class Linear(Protocol):
@@ -32,11 +36,12 @@ class DenseLinear:
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         self.out_features, self.in_features = weight.shape
-        self._weight = _reorder(weight) if not weight.is_cuda and _has_onednn(weight.dtype) else weight
+        self._multiply = choose_product(weight.dtype, weight.device)
+        self._weight = _reorder(weight) if self._multiply is _multiply_in_onednn else weight
         self._bias = bias
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return _with_bias(multiply(x, self._weight), self._bias)
+        return _with_bias(self._multiply(x, self._weight), self._bias)
 
 
 class SharedLinear:
@@ -44,10 +49,11 @@ class SharedLinear:
 
     def __init__(self, weight: torch.Tensor) -> None:
         self.out_features, self.in_features = weight.shape
+        self._multiply = choose_product(weight.dtype, weight.device)
         self._weight = weight
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return multiply(x, self._weight)
+        return self._multiply(x, self._weight)
 
 
 class FourBitLinear:
@@ -60,6 +66,7 @@ class FourBitLinear:
         self, codes: torch.Tensor, zeros: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None
     ) -> None:
         self.out_features, self.in_features = codes.shape[0], codes.shape[1] * 2
+        self._multiply = choose_product(scales.dtype, scales.device)
         self._codes = codes
         self._zeros = zeros
         self._scales = scales
@@ -67,23 +74,23 @@ class FourBitLinear:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         weight = reference.w4a16_weight(self._codes, self._zeros, self._scales, x.dtype)
-        return _with_bias(multiply(x, weight), self._bias)
+        return _with_bias(self._multiply(x, weight), self._bias)
 
 
-def multiply(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Return x [num_rows, in_features] times the transposed weight [out_features, in_features]."""
-    if x.is_cuda:
-        return functional.linear(x, weight)
-    if not _has_onednn(x.dtype):
-        return _multiply_in_fixed_tiles(x, weight)
+Product = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def choose_product(dtype: torch.dtype, device: torch.device) -> Product:
+    """Return the function that multiplies x [num_rows, in] by the transposed weight [out, in] on this device."""
+    if device.type != "cpu":
+        return functional.linear
+    return _multiply_in_onednn if _has_onednn(dtype) else _multiply_in_fixed_tiles
+
+
+def _multiply_in_onednn(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     if x.shape[0] == 1:  # a single row takes a matrix-vector kernel with other rounding
-        return _onednn_linear(x.repeat(2, 1), weight)[:1]
-    return _onednn_linear(x, weight)
-
-
-def _onednn_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
-    return product
+        return _onednn_linear(torch.cat((x, x)), weight, None, "none", [], "")[:1]
+    return _onednn_linear(x, weight, None, "none", [], "")
 
 
 def _reorder(weight: torch.Tensor) -> torch.Tensor:

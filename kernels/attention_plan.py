@@ -38,7 +38,7 @@ class AttentionPlan:
 
     tile_tokens: int
     slices: tuple[AttentionSlice, ...]
-    output_rows: torch.Tensor  # int64 [num_tokens], each token's place among all tiles' rows
+    output_rows: torch.Tensor  # int64 [max(num_tokens, least_rows)], each token's place among all tiles' rows
     append_rows: torch.Tensor  # int64 [num_tokens * 2 * num_kv_heads], rows of the cache seen as [-1, head_dim]
 
 
@@ -62,10 +62,12 @@ def plan_attention(
     block_size: int,
     block_bytes: int,
     sliding_window: int | None,
+    least_rows: int,
 ) -> AttentionPlan:
     """Plan one step. Lengths and tables as in the engine's StepBatch; `num_blocks` is the size of the whole cache.
 
-    `block_bytes` is what one gathered block of keys and values takes in the compute type.
+    `block_bytes` is what one gathered block of keys and values takes in the compute type. With fewer tokens than
+    `least_rows` the output repeats the first token's row.
     """
     group = num_heads // num_kv_heads
     tile_tokens = _tile_tokens(group, query_lens, block_tables.is_cuda)
@@ -80,7 +82,7 @@ def plan_attention(
     inside = torch.minimum(offsets, table[:, 4:] - 1)  # [num_tiles, tile_tokens], padding repeats the last token
     token_rows = table[:, 2:3] + inside
     positions = table[:, 3:4] + inside
-    output_rows = torch.empty(sum(query_lens), dtype=torch.int64)
+    output_rows = torch.zeros(max(sum(query_lens), least_rows), dtype=torch.int64)
     real = offsets < table[:, 4:]
     output_rows[token_rows[real]] = torch.arange(token_rows.numel()).view_as(token_rows)[real]
 

@@ -156,9 +156,9 @@ def _attend_slice(
     scores = torch.bmm(tiles, keys.transpose(1, 2)).float().view(*blocks_shape, block_size)
     scores[:, part.first_masked_block :].add_(part.mask)
     weights = scores.sub_(scores.amax((1, 4), keepdim=True)).exp_()
-    sums = weights.sum(-1, keepdim=True)
     outputs = torch.bmm(weights.view(-1, *scores.shape[3:]).to(query.dtype), values).float()
-    outputs = _fold(outputs.view(*blocks_shape, head_dim)).div_(_fold(sums)).to(query.dtype)
+    sums = _fold(torch.cat((outputs.view(*blocks_shape, head_dim), weights.sum(-1, keepdim=True)), -1))
+    outputs = torch.div(sums[..., :head_dim], sums[..., head_dim:]).to(query.dtype)
     return (
         outputs.view(part.num_tiles, num_kv_heads, plan.tile_tokens, group * head_dim)
         .transpose(1, 2)

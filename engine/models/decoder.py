@@ -19,6 +19,8 @@ from ..model_config import ModelConfig
 
 # Dynamic NTK gives every long prompt its own base; this many sets of frequencies (head_dim / 2 floats) are kept.
 _KEPT_ROPE_BASES = 256
+# A lone row takes other kernels with other rounding; carried as a pair it costs less than padding each product.
+_LEAST_ROWS = 2
 
 
 class Decoder:
@@ -46,11 +48,11 @@ class Decoder:
     def forward(self, batch: StepBatch, kv_cache: KVCache) -> torch.Tensor:
         """Append the batch's tokens to the cache and return fp32 logits [len(batch.logit_rows), vocab_size]."""
         tables = self._step_tables(batch, kv_cache)
-        x = self._embedding.index_select(0, batch.token_ids)
+        x = self._embedding.index_select(0, _at_least(_LEAST_ROWS, batch.token_ids))
         for layer in self._layers:
             x = layer(x, tables, kv_cache)
-        rows = self._final_norm(x.index_select(0, batch.logit_rows))
-        return self._head(rows).float()
+        rows = self._final_norm(x.index_select(0, _at_least(_LEAST_ROWS, batch.logit_rows)))
+        return self._head(rows)[: len(batch.logit_rows)].float()
 
     def _step_tables(self, batch: StepBatch, kv_cache: KVCache) -> StepTables:
         config = self.config
@@ -65,9 +67,10 @@ class Decoder:
             block_size=kv_cache.block_size,
             block_bytes=2 * config.num_kv_heads * kv_cache.block_size * config.head_dim * self.dtype.itemsize,
             sliding_window=config.sliding_window,
+            least_rows=_LEAST_ROWS,
         )
         cosines, signed_sines = reference.rope_tables(batch.positions, self._token_frequencies(batch))
-        return StepTables(plan, cosines.to(self.dtype), signed_sines.to(self.dtype))
+        return StepTables(len(batch.positions), plan, cosines.to(self.dtype), signed_sines.to(self.dtype))
 
     def _token_frequencies(self, batch: StepBatch) -> torch.Tensor:
         """Return fp32 [1, head_dim / 2] when all sequences share a base, else a row for every token."""
@@ -78,3 +81,9 @@ class Decoder:
 
     def _compute_frequencies(self, base: float) -> torch.Tensor:
         return rotary_frequencies(self.config.rope, base, self.config.head_dim).to(self.device)
+
+
+def _at_least(num_rows: int, rows: torch.Tensor) -> torch.Tensor:
+    """Return `rows`, its first entry repeated at the end until there are `num_rows`; an empty one stays empty."""
+    missing = num_rows - len(rows)
+    return rows if missing <= 0 or len(rows) == 0 else torch.cat((rows, rows[:1].expand(missing)))
