@@ -20,6 +20,8 @@ class FakeServer:
         self.bodies: list[dict[str, Any]] = []  # of chat and completion requests, in order of arrival
         self.authorizations: list[str | None] = []
         self.ports: list[int] = []  # the client's end of the connection of each request
+        self.num_running = 0
+        self.most_running = 0  # requests at once
         self.num_disconnects = 0
         self.was_left = asyncio.Event()  # set when a client left before the end
         self._acts: list[Act] = []
@@ -76,12 +78,16 @@ class FakeServer:
         self._record(request)
         self.bodies.append(await request.json())
         act = self._acts.pop(0) if len(self._acts) > 1 else self._acts[0]
+        self.num_running += 1
+        self.most_running = max(self.most_running, self.num_running)
         try:
             return await act(request)
         except (asyncio.CancelledError, ConnectionError):
             self.num_disconnects += 1
             self.was_left.set()
             raise
+        finally:
+            self.num_running -= 1
 
     async def models(self, request: web.Request) -> web.Response:
         """List the models."""
