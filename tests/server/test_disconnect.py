@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Callable, Coroutine
 from typing import Any
 
+import aiohttp
 import pytest
 import uvloop
 from raw_http import RawClient
@@ -87,8 +88,6 @@ async def test_the_connection_serves_the_next_request(url: str, engine: FakeEngi
 async def test_a_disconnect_is_counted_and_logs_no_traceback(
     url: str, engine: FakeEngine, caplog: pytest.LogCaptureFixture
 ) -> None:
-    import aiohttp
-
     engine.script = lambda request: [Chunk(tuple(b"a")), 60.0]
     async with RawClient(url) as client:
         await client.post(CHAT, chat_body(stream=True))

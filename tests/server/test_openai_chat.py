@@ -1,6 +1,7 @@
 """POST /v1/chat/completions through the real openai SDK: what a client gets, whole and streamed."""
 
 import json
+import threading
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -360,8 +361,6 @@ async def test_an_answer_can_be_continued(client: openai.AsyncOpenAI, engine: Fa
 async def test_a_long_prompt_is_rendered_off_the_event_loop(
     client: openai.AsyncOpenAI, engine: FakeEngine, model: ServedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import threading
-
     threads: list[str] = []
     render = type(model.renderer).render
 
