@@ -57,7 +57,7 @@ def _generation(operation_id: str, body: dict[str, Any], object_name: str) -> di
     )
     success = {
         "description": "The whole reply, or with stream: true its chunks as server-sent events",
-        "content": {"application/json": {"schema": reply}, "text/event-stream": {"schema": {"type": "string"}}},
+        "content": {"application/json": {"schema": reply}, "text/event-stream": {}},
     }
     return {
         "operationId": operation_id,
