@@ -7,17 +7,23 @@ block changes the output. Neither is imitated from the code under test.
 import hashlib
 import json
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from lmdserve.engine.api import EngineInfo
+from lmdserve.engine.batch import StepBatch
 from lmdserve.engine.blocks import BlockPool
-from lmdserve.engine.loop import AsyncEngine
+from lmdserve.engine.config import EngineConfig
+from lmdserve.engine.kv_cache import KVCache
+from lmdserve.engine.loader import load_model
+from lmdserve.engine.loop import AsyncEngine, load_engine
+from lmdserve.engine.model_config import ModelConfig
 from lmdserve.engine.runner import Runner
 from lmdserve.engine.scheduler import Scheduler
 
@@ -177,3 +183,59 @@ def build_fake_engine(fake_model: FakeModel) -> Callable[..., AsyncEngine]:
         )
 
     return build
+
+
+@pytest.fixture(scope="session")
+def bare_greedy(tiny_checkpoint: Path) -> Callable[..., list[int]]:
+    """Return the reference: greedy decoding by a plain loop over the model, one sequence, no engine."""
+    config = ModelConfig.from_folder(tiny_checkpoint)
+    cpu = torch.device("cpu")
+    model = load_model(tiny_checkpoint, config, dtype=torch.float32, device=cpu)
+
+    def generate(prompt: Sequence[int], max_tokens: int, quant_policy: Literal[0, 4, 8] = 0) -> list[int]:
+        num_blocks = -(-(len(prompt) + max_tokens) // 8)
+        kv_cache = KVCache(
+            config, num_blocks=num_blocks, block_size=8, quant_policy=quant_policy, dtype=torch.float32, device=cpu
+        )
+        table = torch.arange(num_blocks)
+        token_ids = list(prompt)
+        num_computed = 0
+        while len(token_ids) < len(prompt) + max_tokens:
+            new = torch.arange(num_computed, len(token_ids))
+            batch = StepBatch(
+                token_ids=torch.tensor(token_ids[num_computed:]),
+                positions=new,
+                slot_ids=new,
+                query_lens=(len(new),),
+                context_lens=(len(token_ids),),
+                block_tables=table.view(1, -1),
+                rope_bases=(config.rope_base(len(prompt)),),
+                logit_rows=torch.tensor([len(new) - 1]),
+            )
+            num_computed = len(token_ids)
+            token_ids.append(int(model.forward(batch, kv_cache)[0].argmax()))
+        return token_ids[len(prompt) :]
+
+    return generate
+
+
+@pytest.fixture
+def run_tiny_engine(tiny_checkpoint: Path) -> Callable[..., Any]:
+    """Return an async context manager: a started engine on the tiny checkpoint, checked and stopped at the end."""
+
+    @asynccontextmanager
+    async def run(*, num_blocks: int = 400, **options: Any) -> AsyncIterator[AsyncEngine]:
+        options = {"cache_block_seq_len": 8, "max_batch_size": 40} | options
+        engine = load_engine(
+            EngineConfig(model=str(tiny_checkpoint), device="cpu", cache_max_entry_count=float(num_blocks), **options)
+        )
+        await engine.start()
+        try:
+            yield engine
+            engine.check_health()
+        finally:
+            await engine.stop(0.0)
+        engine._scheduler.check()
+        assert engine.stats().num_used_blocks == 0
+
+    return run
