@@ -37,10 +37,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return asyncio.run(talk(client, options, piped_message()))
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
-    except BrokenPipeError:
-        # Whoever read the answer has gone; without this, the interpreter would complain when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
 
 
 def _parser() -> argparse.ArgumentParser:

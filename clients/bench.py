@@ -64,6 +64,7 @@ def run_bench(arguments: argparse.Namespace) -> int:
     import asyncio
 
     from .http import AsyncClient
+    from .pipe import silence_stdout
     from .wire import ClientError
 
     try:
@@ -71,6 +72,9 @@ def run_bench(arguments: argparse.Namespace) -> int:
         return asyncio.run(_run(client, arguments))
     except (ClientError, SettingError, ValueError) as error:
         _log(f"error: {error}")
+        return 1
+    except BrokenPipeError:
+        silence_stdout()
         return 1
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED

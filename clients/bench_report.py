@@ -46,6 +46,7 @@ class LevelReport:
     request_rate: float
     num_successes: int
     num_failures: int
+    num_without_text: int  # successes whose tokens all had no text: no TTFT, no TPOT
     num_left: int
     num_not_sent: int
     duration_s: float
@@ -84,6 +85,7 @@ def summarize(result: LevelResult, *, request_rate: float) -> LevelReport:
         request_rate=request_rate,
         num_successes=len(successes),
         num_failures=len(failures),
+        num_without_text=sum(record.first_token_s is None for record in successes),
         num_left=len(result.records) - len(successes) - len(failures),
         num_not_sent=result.num_not_sent,
         duration_s=result.duration_s,
@@ -99,11 +101,12 @@ def _latencies(successes: Iterable[Record]) -> dict[str, Spread]:
     values_s: dict[str, list[float]] = {name: [] for name in _SECTIONS}
     for record in successes:
         assert record.usage is not None
-        assert record.first_token_s is not None
-        assert record.last_token_s is not None
-        values_s["TTFT"].append(record.first_token_s - record.started_s)
-        values_s["E2EL"].append(record.last_token_s - record.started_s)
+        assert record.ended_s is not None
+        values_s["E2EL"].append(record.ended_s - record.started_s)
         values_s["ITL"] += record.gaps_s
+        if record.first_token_s is None or record.last_token_s is None:
+            continue
+        values_s["TTFT"].append(record.first_token_s - record.started_s)
         if record.usage.completion_tokens > 1:
             decode_s = record.last_token_s - record.first_token_s
             values_s["TPOT"].append(decode_s / (record.usage.completion_tokens - 1))
@@ -117,6 +120,8 @@ def table(report: LevelReport) -> str:
         _row("Successful requests:", report.num_successes),
         _row("Failed requests:", report.num_failures),
     ]
+    if report.num_without_text:
+        lines.append(_row("Successful, but without text:", report.num_without_text))
     if report.num_left:
         lines.append(_row("Disconnected on purpose:", report.num_left))
     if report.num_not_sent:
@@ -175,6 +180,7 @@ def as_json(report: LevelReport) -> Json:
         "concurrency": report.concurrency,
         "request_rate": report.request_rate if report.request_rate < math.inf else None,
         "successful_requests": report.num_successes,
+        "requests_without_text": report.num_without_text,
         "failed_requests": report.num_failures,
         "disconnected_requests": report.num_left,
         "not_sent_requests": report.num_not_sent,

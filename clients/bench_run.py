@@ -7,15 +7,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from enum import Enum
-from random import Random
 
-from .bench_workload import BenchOptions, Calibration, PlannedRequest, make_payload, random_words
+from .bench_workload import BenchOptions, Calibration, PlannedRequest, calibration_prompts, make_payload
 from .http import AsyncClient
 from .settings import SettingError
 from .wire import ClientError, Json, ProtocolError, Usage, parse_usage
 
 _PATHS = {"chat": "/v1/chat/completions", "completions": "/v1/completions"}
-_CALIBRATION_WORDS = (32, 160)
 _SPARE_FILES = 64  # open files beside the connections
 
 
@@ -34,27 +32,30 @@ class Record:
     started_s: float
     outcome: Outcome = Outcome.FAILURE
     error: str | None = None
-    first_token_s: float | None = None
-    last_token_s: float | None = None  # or the chunk that ended the answer
+    first_token_s: float | None = None  # None also when no token had text, which cannot be seen from here
+    last_token_s: float | None = None
+    ended_s: float | None = None  # the chunk with the finish_reason
     gaps_s: list[float] = field(default_factory=list)  # between chunks that carried tokens
     usage: Usage | None = None
-    is_finished: bool = False
-    num_chunks: int = 0
+    num_chunks: int = 0  # that carried tokens
 
     def add(self, chunk: Json, now_s: float) -> None:
-        """Note a chunk of the stream. A chunk that only ends the answer is no token, unless nothing came before."""
+        """Note a chunk of the stream, which arrived at `now_s`."""
         try:
             has_token, is_end = _look_at(chunk)
             self.usage = parse_usage(chunk.get("usage")) or self.usage
         except (AttributeError, KeyError, TypeError):
             raise ProtocolError("a chunk of the stream has no `choices` as the API defines them") from None
-        self.is_finished = self.is_finished or is_end
-        if has_token and self.last_token_s is not None:
+        if is_end:
+            self.ended_s = now_s
+        if not has_token:
+            return
+        if self.last_token_s is None:
+            self.first_token_s = now_s
+        else:
             self.gaps_s.append(now_s - self.last_token_s)
-        if has_token or is_end:
-            self.first_token_s = self.first_token_s or now_s
-            self.last_token_s = now_s
-        self.num_chunks += has_token
+        self.last_token_s = now_s
+        self.num_chunks += 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,10 +70,9 @@ class LevelResult:
 
 async def calibrate(client: AsyncClient, options: BenchOptions) -> Calibration:
     """Ask the server how it counts random words. Raises ClientError when it cannot be asked."""
-    rng = Random(f"{options.seed}/calibration")
     counts = []
-    for num_words in _CALIBRATION_WORDS:
-        payload = make_payload(random_words(num_words, rng), max_tokens=1, options=options)
+    for num_words, text in calibration_prompts():
+        payload = make_payload(text, max_tokens=1, options=options)
         record = await _send(client, options, PlannedRequest(payload), _now() + options.request_timeout_s)
         if record.usage is None:
             raise ClientError(record.error or "the server sends no token counts")
@@ -144,7 +144,7 @@ async def _read(client: AsyncClient, path: str, request: PlannedRequest, record:
 
 def _judge(record: Record) -> None:
     """Call a complete answer a success; one that lacks its end or its counts cannot be counted."""
-    if not record.is_finished:
+    if record.ended_s is None:
         record.error = "the answer has no finish_reason"
     elif record.usage is None:
         record.error = "the server sent no token counts (stream_options.include_usage)"

@@ -83,6 +83,12 @@ def random_words(num_words: int, rng: random.Random) -> str:
     return " ".join(rng.choices(_FREQUENT_WORDS.split(), k=num_words))
 
 
+def calibration_prompts() -> list[tuple[int, str]]:
+    """Return number of words and text of two prompts with every word equally often, so that the mean is exact."""
+    words = _FREQUENT_WORDS.split()
+    return [(len(words) * times, " ".join(words * times)) for times in (1, 2)]
+
+
 def make_payload(prompt: str | list[Json], *, max_tokens: int, options: BenchOptions) -> Json:
     """Return the body of a request; a text becomes a user's message where the endpoint wants messages."""
     payload: Json = {

@@ -8,6 +8,7 @@ from .conversation import start_conversation
 from .display import printable
 from .http import AsyncClient
 from .options import ReplOptions
+from .pipe import silence_stdout
 from .settings import SettingError
 from .wire import ChatDelta, ClientError
 
@@ -27,6 +28,9 @@ async def answer_once(client: AsyncClient, *, options: ReplOptions, message: str
     except (ClientError, SettingError) as error:
         _end_line(answer)
         print(f"api_client: {error}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:
+        silence_stdout()
         return 1
     _end_line(answer)
     for call in answer.tool_calls():

@@ -12,7 +12,7 @@ import pytest
 
 from lmdserve.clients import bench
 from lmdserve.clients.bench_run import LevelResult, Outcome, Record, calibrate, run_level, warm_up
-from lmdserve.clients.bench_workload import BenchOptions, Calibration, PlannedRequest
+from lmdserve.clients.bench_workload import BenchOptions, Calibration, PlannedRequest, calibration_prompts
 from lmdserve.clients.http import AsyncClient
 from lmdserve.clients.wire import ClientError, Usage
 
@@ -42,17 +42,17 @@ def test_a_record_takes_time_from_tokens_and_counts_from_the_server() -> None:
     record.add({"choices": [{"index": 0, "text": "b", "finish_reason": None}]}, 3.0)
     record.add(content("", "stop"), 3.5)
     record.add({"choices": [], "usage": {"prompt_tokens": 5, "completion_tokens": 9}}, 4.0)
-    assert (record.first_token_s, record.last_token_s) == (2.0, 3.5)
+    assert (record.first_token_s, record.last_token_s, record.ended_s) == (2.0, 3.0, 3.5)
     assert record.gaps_s == [0.25, 0.75]
     assert record.num_chunks == 3
-    assert record.is_finished
     assert record.usage == Usage(5, 9)
 
 
-def test_an_answer_without_text_has_its_end_as_first_token() -> None:
+def test_tokens_without_text_leave_the_first_token_unknown() -> None:
     record = Record(started_s=1.0)
+    record.add(content(""), 2.0)
     record.add(content("", "stop"), 3.0)
-    assert (record.first_token_s, record.gaps_s, record.num_chunks) == (3.0, [], 0)
+    assert (record.first_token_s, record.ended_s, record.gaps_s, record.num_chunks) == (None, 3.0, [], 0)
 
 
 async def test_successes_and_failures_are_told_apart(client: AsyncClient, fake_server: Any) -> None:
@@ -129,12 +129,15 @@ async def test_a_request_ends_in_time(client: AsyncClient, fake_server: Any) -> 
 
 
 async def test_calibration_asks_for_two_prompts_of_one_token(client: AsyncClient, fake_server: Any) -> None:
-    for num_tokens in (58, 250):
+    num_words = len(calibration_prompts()[0][1].split())
+    for num_tokens in (10 + 1.5 * num_words, 10 + 3 * num_words):
         counts = {"prompt_tokens": num_tokens, "completion_tokens": 1}
         fake_server.stream([content("a", "length"), {"choices": [], "usage": counts}])
     assert await calibrate(client, BenchOptions(model="demo")) == Calibration(10.0, 1.5)
     assert [body["max_tokens"] for body in fake_server.bodies] == [1, 1]
-    assert [len(body["messages"][0]["content"].split()) for body in fake_server.bodies] == [32, 160]
+    texts = [body["messages"][0]["content"] for body in fake_server.bodies]
+    assert texts[1] == f"{texts[0]} {texts[0]}"
+    assert len(set(texts[0].split())) == num_words > 90
 
 
 async def test_a_warm_up_that_fails_ends_the_benchmark(client: AsyncClient, fake_server: Any) -> None:

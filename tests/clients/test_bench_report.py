@@ -17,19 +17,20 @@ def success(started_s: float, first_s: float, gaps_s: list[float], *, num_tokens
         outcome=Outcome.SUCCESS,
         first_token_s=started_s + first_s,
         last_token_s=started_s + first_s + sum(gaps_s),
+        ended_s=started_s + first_s + sum(gaps_s) + 0.1,
         gaps_s=gaps_s,
         usage=Usage(num_prompt, num_tokens, cached_tokens=1),
-        is_finished=True,
     )
 
 
-# TTFT 100 200 400 ms; E2EL 300 500 400 ms; ITL 100 100 300 ms; TPOT 200/2=100, 300/3=100, and none for one token.
+# TTFT 100 200 400 ms; ITL 100 100 300 ms; E2EL 400 600 500 and 1300 ms; TPOT 200/2=100, 300/3=100, none for one token.
 RESULT = LevelResult(
     concurrency=4,
     records=[
         success(10.0, 0.1, [0.1, 0.1], num_tokens=3, num_prompt=5),
         success(10.5, 0.2, [0.3], num_tokens=4, num_prompt=7),
         success(11.0, 0.4, [], num_tokens=1, num_prompt=9),
+        Record(10.0, outcome=Outcome.SUCCESS, ended_s=11.3, usage=Usage(4, 6)),
         Record(10.0, error="HTTP 429: queue full", first_token_s=10.1, last_token_s=99.0, usage=Usage(100, 100)),
         Record(10.0, error="the engine died"),
         Record(10.0, error="the engine died"),
@@ -41,19 +42,20 @@ RESULT = LevelResult(
 
 EXPECTED = """\
 ============ Serving Benchmark Result ============
-Successful requests:                     3
+Successful requests:                     4
 Failed requests:                         3
+Successful, but without text:            1
 Disconnected on purpose:                 1
 Not sent in time:                        2
 Maximum request concurrency:             4
 Request rate configured (RPS):           2.50
 Benchmark duration (s):                  2.00
-Total input tokens:                      21
+Total input tokens:                      25
 Total cached input tokens:               3
-Total generated tokens:                  8
-Request throughput (req/s):              1.50
-Output token throughput (tok/s):         4.00
-Total token throughput (tok/s):          14.50
+Total generated tokens:                  14
+Request throughput (req/s):              2.00
+Output token throughput (tok/s):         7.00
+Total token throughput (tok/s):          19.50
 ---------------Time to First Token----------------
 Mean TTFT (ms):                          233.33
 Median TTFT (ms):                        200.00
@@ -67,9 +69,9 @@ Mean ITL (ms):                           166.67
 Median ITL (ms):                         100.00
 P99 ITL (ms):                            296.00
 ----------------End-to-end Latency----------------
-Mean E2EL (ms):                          400.00
-Median E2EL (ms):                        400.00
-P99 E2EL (ms):                           498.00
+Mean E2EL (ms):                          700.00
+Median E2EL (ms):                        550.00
+P99 E2EL (ms):                           1279.00
 =================================================="""
 
 
@@ -85,7 +87,7 @@ def test_a_level_where_all_went_well_shows_no_rows_for_what_did_not_happen() -> 
     report = summarize(LevelResult(1, RESULT.records[:1], 0, 1.0), request_rate=float("inf"))
     printed = table(report)
     assert report.is_complete
-    assert all(row not in printed for row in ("on purpose", "Not sent", "rate configured"))
+    assert all(row not in printed for row in ("without text", "on purpose", "Not sent", "rate configured"))
 
 
 def test_a_level_without_a_success_says_so_instead_of_zero() -> None:
@@ -100,17 +102,17 @@ def test_json_has_the_same_numbers_and_the_errors() -> None:
     record = json.loads(json.dumps(as_json(summarize(RESULT, request_rate=float("inf")))))
     assert record["request_rate"] is None
     assert record["errors"] == {"the engine died": 2, "HTTP 429: queue full": 1}
-    assert (record["successful_requests"], record["failed_requests"]) == (3, 3)
+    assert (record["successful_requests"], record["failed_requests"]) == (4, 3)
     assert (record["disconnected_requests"], record["not_sent_requests"]) == (1, 2)
-    assert record["output_token_throughput_per_s"] == 4.0
+    assert record["output_token_throughput_per_s"] == 7.0
     assert record["p99_itl_ms"] == pytest.approx(296.0)
-    assert record["median_e2el_ms"] == pytest.approx(400.0)
+    assert record["median_e2el_ms"] == pytest.approx(550.0)
 
 
 def test_the_comparison_has_a_line_for_each_level() -> None:
     report = summarize(RESULT, request_rate=float("inf"))
     lines = comparison([report, report]).splitlines()
-    assert lines[1].split() == ["4", "3", "3", "1.50", "4.00", "200.00", "396.00", "100.00", "296.00"]
+    assert lines[1].split() == ["4", "4", "3", "2.00", "7.00", "200.00", "396.00", "100.00", "296.00"]
     assert len(lines) == 3
 
 
