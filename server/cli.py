@@ -112,9 +112,11 @@ async def _chat(
 
 def bench(arguments: Sequence[str]) -> int:
     """`lmdserve bench URL`: the load generator of `clients/bench.py`."""
-    from lmdserve.clients.bench import main as bench_main
+    from lmdserve.clients.bench import add_arguments, run_bench
 
-    return bench_main(list(arguments))
+    parser = OptionParser(prog="lmdserve bench", usage="lmdserve bench [URL] [options]")
+    add_arguments(parser)
+    return run_bench(parser.parse_known(arguments))
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"serve": serve, "chat": chat, "bench": bench}
