@@ -180,7 +180,9 @@ def _choose(logits: torch.Tensor, sequences: SequenceOf[Sequence]) -> tuple[torc
     peaks = logits.max(dim=-1)
     token_ids = peaks.indices
     rows = [row for row, sequence in enumerate(sequences) if sequence.sampling.temperature > 0.0]
-    if rows:
+    if len(rows) == len(sequences):
+        token_ids = _draw(logits, peaks.values, sequences)
+    elif rows:
         row_ids = torch.tensor(rows, device=logits.device)
         token_ids[row_ids] = _draw(logits[row_ids], peaks.values[row_ids], [sequences[row] for row in rows])
     return token_ids, peaks.values.isfinite()
@@ -190,8 +192,9 @@ def _draw(logits: torch.Tensor, peaks: torch.Tensor, sequences: SequenceOf[Seque
     """Draw one token a row: the smallest id whose cumulative weight (fp64) exceeds u times the row's total."""
     samplings = [sequence.sampling for sequence in sequences]
     temperature = _column([max(sampling.temperature, _SMALLEST_TEMPERATURE) for sampling in samplings], logits)
-    weights = ((logits - peaks[:, None]) / temperature).exp()  # [num_rows, vocab_size], the best one is exactly 1
-    weights.masked_fill_(weights < _thresholds(weights, samplings), 0.0)
+    weights = (logits - peaks[:, None]).div_(temperature).exp_()  # [num_rows, vocab_size], the best is exactly 1
+    if any(sampling.top_k or sampling.top_p < 1.0 or sampling.min_p for sampling in samplings):
+        weights.masked_fill_(weights < _thresholds(weights, samplings), 0.0)
     cumulative = weights.cumsum(dim=-1, dtype=torch.float64)
     u = _column([uniform(s.seed, s.num_output_tokens) for s in sequences], logits, dtype=torch.float64)
     token_ids = torch.searchsorted(cumulative, u * cumulative[:, -1:], right=True).squeeze(-1)
@@ -224,9 +227,9 @@ def _nucleus_thresholds(weights: torch.Tensor, samplings: SequenceOf[SamplingPar
     thresholds = torch.where(is_limited, head.gather(-1, last), 0.0)
     if all(s.top_p == 1.0 for s in samplings):
         return thresholds
-    kept = torch.where(weights < thresholds, 0.0, weights)
+    kept = weights if all(k is None for k in top_k) else torch.where(weights < thresholds, 0.0, weights)
     shares = _column([s.top_p if s.top_p < 1.0 else 0.0 for s in samplings], weights, dtype=torch.float64)
-    wanted = shares * kept.cumsum(dim=-1, dtype=torch.float64)[:, -1:]
+    wanted = shares * kept.sum(dim=-1, keepdim=True, dtype=torch.float64)
     is_nucleus = torch.tensor([s.top_p < 1.0 for s in samplings], device=weights.device)[:, None]
     return torch.where(is_nucleus, torch.maximum(thresholds, _mass_thresholds(weights, head, wanted)), thresholds)
 
