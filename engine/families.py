@@ -69,7 +69,7 @@ class Family:
 
     name: str
     model_type: str
-    architecture: str
+    architectures: tuple[str, ...]  # the first is the usual one
     names: TensorNames = LLAMA_NAMES
     qkv_bias: BiasRule = False
     output_bias: BiasRule = False
@@ -87,7 +87,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         name="InternLM2",
         model_type="internlm2",
-        architecture="InternLM2ForCausalLM",
+        architectures=("InternLM2ForCausalLM",),
         names=INTERNLM2_NAMES,
         qkv_bias=("bias",),
         output_bias=("bias",),
@@ -96,7 +96,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         name="InternLM",
         model_type="internlm",
-        architecture="InternLMForCausalLM",
+        architectures=("InternLMForCausalLM",),
         qkv_bias=("bias",),
         output_bias=("bias",),
         bias_default=None,
@@ -106,7 +106,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         name="InternLM3",
         model_type="internlm3",
-        architecture="InternLM3ForCausalLM",
+        architectures=("InternLM3ForCausalLM", "LlamaForCausalLM"),  # transformers saves it as the latter
         qkv_bias=("qkv_bias", "attention_bias"),
         output_bias=("bias", "mlp_bias"),
         mlp_bias=("bias", "mlp_bias"),
@@ -115,7 +115,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         name="Llama",
         model_type="llama",
-        architecture="LlamaForCausalLM",
+        architectures=("LlamaForCausalLM",),
         qkv_bias=("attention_bias",),
         output_bias=("attention_bias",),
         mlp_bias=("mlp_bias",),
@@ -125,13 +125,13 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         name="Mistral",
         model_type="mistral",
-        architecture="MistralForCausalLM",
+        architectures=("MistralForCausalLM",),
         has_sliding_window=True,
     ),
     Family(
         name="Qwen2",
         model_type="qwen2",
-        architecture="Qwen2ForCausalLM",
+        architectures=("Qwen2ForCausalLM",),
         qkv_bias=True,
         has_sliding_window=True,
         tie_word_embeddings_default=None,
@@ -139,7 +139,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         name="Qwen3",
         model_type="qwen3",
-        architecture="Qwen3ForCausalLM",
+        architectures=("Qwen3ForCausalLM",),
         qkv_bias=("attention_bias",),
         output_bias=("attention_bias",),
         has_qk_norm=True,

@@ -221,10 +221,12 @@ def _family(keys: _Keys) -> Family:
     for family in FAMILIES:
         if family.model_type != model_type:
             continue
-        if architectures and family.architecture not in architectures:
-            raise keys.fail(f"architecture {architectures} is not supported; {model_type} needs {family.architecture}")
+        if architectures and not set(family.architectures) & set(architectures):
+            raise keys.fail(
+                f"architecture {architectures} is not supported; {model_type} needs {family.architectures[0]}"
+            )
         return family
-    supported = ", ".join(family.architecture for family in FAMILIES)
+    supported = ", ".join(family.architectures[0] for family in FAMILIES)
     raise keys.fail(
         f"model_type {model_type!r} with architectures {architectures} is not supported; supported: {supported}"
     )

@@ -16,8 +16,6 @@ _CPU_TILE_ROWS = 8
 _CUDA_PREFILL_TILE_ROWS = 128
 # Bytes of keys and values gathered at once. Small enough to stay in a core's cache, large enough to hide call overhead.
 _SLICE_BYTES = 4 << 20
-# Added to the score of a key that must not be seen; exp() of it is exactly 0, and unlike -inf it makes no NaN.
-_MASKED = -1e30
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +27,7 @@ class AttentionSlice:
     token_rows: torch.Tensor  # int64 [num_tiles * tile_tokens], the token in each place; padding repeats a token
     block_rows: torch.Tensor  # int64 [2 * num_tiles * num_blocks], key blocks, then value blocks
     first_masked_block: int  # blocks before it are seen whole by every token of the slice
-    mask: torch.Tensor  # fp32 [num_tiles, num_blocks - first_masked_block, 1, tile rows, block_size], 0 or _MASKED
+    mask: torch.Tensor  # bool [num_tiles, num_blocks - first_masked_block, 1, tile rows, block_size], true: unseen
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +143,7 @@ def _cut_into_slices(tiles: Sequence[_Tile], blocks_per_slice: int) -> list[tupl
 def _mask(
     positions: torch.Tensor, first_block: int, num_blocks: int, block_size: int, group: int, sliding_window: int | None
 ) -> torch.Tensor:
-    """Return the additive mask of a slice; positions int64 [num_tiles, tile_tokens]."""
+    """Return which keys a slice's rows must not see; positions int64 [num_tiles, tile_tokens]."""
     num_tiles, tile_tokens = positions.shape
     keys = torch.arange(first_block * block_size, num_blocks * block_size)
     queries = positions.unsqueeze(-1)
@@ -154,8 +152,7 @@ def _mask(
         hidden |= keys <= queries - sliding_window
     blocked = hidden.view(num_tiles, tile_tokens, 1, num_blocks - first_block, block_size).permute(0, 3, 1, 2, 4)
     rows = blocked.expand(-1, -1, -1, group, -1)
-    rows = rows.reshape(num_tiles, num_blocks - first_block, 1, tile_tokens * group, block_size)
-    return torch.zeros(rows.shape).masked_fill_(rows, _MASKED)
+    return rows.reshape(num_tiles, num_blocks - first_block, 1, tile_tokens * group, block_size)
 
 
 def _block_rows(block_tables: torch.Tensor, sequences: torch.Tensor, width: int, num_blocks: int) -> torch.Tensor:

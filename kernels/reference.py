@@ -15,6 +15,8 @@ from .layout import pack_rows, unpack_rows
 # Widens stored steps so that rounding to bfloat16 (relative error 2**-9) never cuts a value off.
 _ROUND_OUT = 2.0**-8
 _SMALLEST_SCALE = 1e-30
+# The score of a key that must not be seen; exp() of it is exactly 0, and unlike -inf it makes no NaN.
+_UNSEEN = -1e30
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -80,10 +82,11 @@ def append_kv(
     """Write new keys and values into the cache.
 
     kv [num_tokens, 2 * num_kv_heads, head_dim], keys before values; kv_data and kv_scales as in `read_kv`; rows int64
-    [num_tokens * 2 * num_kv_heads] from the plan. Values that are not finite become finite: a sequence that overflowed
-    must not reach the next owner of its blocks through 0 * NaN.
+    [num_tokens * 2 * num_kv_heads] from the plan. Values that are not finite become finite, and small enough that a
+    quantized row of them stays so: a sequence that overflowed must not reach the next owner of its blocks as 0 * NaN.
     """
-    values = kv.reshape(-1, kv.shape[-1]).nan_to_num(nan=0.0)
+    largest = torch.finfo(kv.dtype).max / 4
+    values = kv.reshape(-1, kv.shape[-1]).nan_to_num(nan=0.0, posinf=largest, neginf=-largest)
     if kv_scales is None:
         kv_data.view(-1, kv_data.shape[-1]).index_copy_(0, rows, values)
         return
@@ -154,7 +157,7 @@ def _attend_slice(
     keys, values = read_kv(kv_data, kv_scales, part.block_rows, bits, query.dtype)
 
     scores = torch.bmm(tiles, keys.transpose(1, 2)).float().view(*blocks_shape, block_size)
-    scores[:, part.first_masked_block :].add_(part.mask)
+    scores[:, part.first_masked_block :].masked_fill_(part.mask, _UNSEEN)
     weights = scores.sub_(scores.amax((1, 4), keepdim=True)).exp_()
     outputs = torch.bmm(weights.view(-1, *scores.shape[3:]).to(query.dtype), values).float()
     sums = _fold(torch.cat((outputs.view(*blocks_shape, head_dim), weights.sum(-1, keepdim=True)), -1))
