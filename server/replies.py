@@ -1,7 +1,7 @@
 """Updates in OpenAI's shapes: the bytes of whole replies and of stream chunks, for both completion routes.
 
-A stream chunk is spliced: what is the same in every chunk of a stream is made once, and only the new text goes through
-orjson. Usage and logprobs have their shapes here too. `sse.py` does the writing.
+Usage and logprobs have their shapes here too. `sse.py` does the writing. A chunk is a dict that
+orjson dumps whole, 1.4 us in all: splicing prepared bytes around the new text saved 0.2 us (one Xeon core, 2026-11-20).
 """
 
 from collections.abc import Iterable, Sequence
@@ -62,7 +62,7 @@ def usage(choices: Sequence[ChoiceStream]) -> dict[str, Any]:
 
 
 class _Format:
-    """What the two routes share: the spliced frame of a chunk, and usage."""
+    """What the two routes share: the envelope around choices, and usage."""
 
     whole_object: str
     chunk_object: str
@@ -83,21 +83,23 @@ class _Format:
         self._usage_at_end = usage_at_end
         self._usage_always = usage_always
         self._introduced: set[int] = set()  # the choices that a stream has begun
-        self._frame_start = orjson.dumps(self._envelope(self.chunk_object))[:-1] + b',"choices":['
-        self._frame_end = b'],"usage":null}' if usage_at_end else b"]}"
+        self._chunk_envelope = self._envelope(self.chunk_object)
 
     def usage_chunk(self) -> bytes | None:
         if not self._usage_at_end:
             return None
-        return orjson.dumps({**self._envelope(self.chunk_object), "choices": [], "usage": usage(self._choices)})
+        return orjson.dumps({**self._chunk_envelope, "choices": [], "usage": usage(self._choices)})
 
     def _envelope(self, object_name: str) -> dict[str, Any]:
         return {"id": self._head.id, "object": object_name, "created": self._head.created, "model": self._head.model}
 
-    def _chunk(self, choice: bytes) -> bytes:
+    def _chunk(self, choice: dict[str, Any]) -> bytes:
+        chunk = {**self._chunk_envelope, "choices": [choice]}
         if self._usage_always:
-            return b"".join((self._frame_start, choice, b'],"usage":', orjson.dumps(usage(self._choices)), b"}"))
-        return b"".join((self._frame_start, choice, self._frame_end))
+            chunk["usage"] = usage(self._choices)
+        elif self._usage_at_end:
+            chunk["usage"] = None  # OpenAI's sign that a number will come
+        return orjson.dumps(chunk)
 
     def _whole(self, choices: list[dict[str, Any]]) -> bytes:
         envelope = self._envelope(self.whole_object)
@@ -115,16 +117,16 @@ class ChatFormat(_Format):
         for update in updates:
             if update.choice_index not in self._introduced:
                 self._introduced.add(update.choice_index)
-                chunks.append(self._delta_chunk(update.choice_index, b'{"role":"assistant","content":""}'))
+                chunks.append(self._delta_chunk(update.choice_index, {"role": "assistant", "content": ""}))
             deltas = [delta for event in update.events if (delta := _chat_delta(event)) is not None]
             logprobs = self._logprobs(update.entries) if update.entries else None
             if logprobs is not None and not deltas:
-                deltas = [b'{"content":""}']
+                deltas = [{"content": ""}]
             for delta in deltas:
                 chunks.append(self._delta_chunk(update.choice_index, delta, logprobs=logprobs))
                 logprobs = None  # said once, with the first delta that the tokens gave
             if update.finish_reason is not None:
-                chunks.append(self._delta_chunk(update.choice_index, b"{}", finish_reason=update.finish_reason))
+                chunks.append(self._delta_chunk(update.choice_index, {}, finish_reason=update.finish_reason))
         return chunks
 
     def whole(self, updates: Iterable[ChoiceUpdate]) -> bytes:
@@ -139,19 +141,21 @@ class ChatFormat(_Format):
                 for call in calls
             ]
         wants_logprobs = self._choices[index].plan.request.sampling.num_logprobs is not None
-        logprobs = orjson.Fragment(self._logprobs(parts.entries)) if wants_logprobs else None
+        logprobs = self._logprobs(parts.entries) if wants_logprobs else None
         return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": parts.finish_reason}
 
     def _delta_chunk(
-        self, index: int, delta: bytes, *, logprobs: bytes | None = None, finish_reason: str | None = None
+        self,
+        index: int,
+        delta: dict[str, Any],
+        *,
+        logprobs: dict[str, Any] | None = None,
+        finish_reason: str | None = None,
     ) -> bytes:
-        return self._chunk(
-            b'{"index":%d,"delta":%b,"logprobs":%b,"finish_reason":%b}'
-            % (index, delta, logprobs or b"null", b'"%b"' % finish_reason.encode() if finish_reason else b"null")
-        )
+        return self._chunk({"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason})
 
-    def _logprobs(self, entries: Sequence[TokenEntry]) -> bytes:
-        return orjson.dumps({"content": [self._chat_entry(entry) for entry in entries]})
+    def _logprobs(self, entries: Sequence[TokenEntry]) -> dict[str, Any]:
+        return {"content": [self._chat_entry(entry) for entry in entries]}
 
     def _chat_entry(self, entry: TokenEntry) -> dict[str, Any]:
         top = [self._chat_token(token_id, logprob) for token_id, logprob in entry.top]
@@ -168,7 +172,7 @@ class CompletionFormat(_Format):
     whole_object = chunk_object = "text_completion"
 
     def chunks(self, updates: Sequence[ChoiceUpdate]) -> list[bytes]:
-        return [self._chunk(orjson.dumps(self._choice(update.choice_index, update))) for update in updates]
+        return [self._chunk(self._choice(update.choice_index, update)) for update in updates]
 
     def whole(self, updates: Iterable[ChoiceUpdate]) -> bytes:
         return self._whole([self._choice(index, parts) for index, parts in _by_choice(updates)])
@@ -221,16 +225,15 @@ def _by_choice(updates: Iterable[ChoiceUpdate]) -> list[tuple[int, _Parts]]:
     return sorted(parts_by_index.items())
 
 
-def _chat_delta(event: Event) -> bytes | None:
+def _chat_delta(event: Event) -> dict[str, Any] | None:
     match event:
         case ContentDelta(text) | ToolCallAborted(_, text):
-            return b'{"content":%b}' % orjson.dumps(text)
+            return {"content": text}
         case ToolCallStart(index, call_id, name):
-            return b'{"tool_calls":[{"index":%d,"id":%b,"type":"function","function":{"name":%b,"arguments":""}}]}' % (
-                index, orjson.dumps(call_id), orjson.dumps(name)
-            )  # fmt: skip
+            function = {"name": name, "arguments": ""}
+            return {"tool_calls": [{"index": index, "id": call_id, "type": "function", "function": function}]}
         case ToolCallArguments(index, fragment):
-            return b'{"tool_calls":[{"index":%d,"function":{"arguments":%b}}]}' % (index, orjson.dumps(fragment))
+            return {"tool_calls": [{"index": index, "function": {"arguments": fragment}}]}
         case ToolCallEnd():
             return None
 
