@@ -180,6 +180,13 @@ def _tools(request: ChatRequest) -> list[dict[str, Any]]:
         tools = normalize_tools(request.tools)
     except ToolSchemaError as error:
         raise BadRequestError(str(error), param=error.param) from error
+    for position, tool in enumerate(tools):
+        if tool.get("function", {}).get("strict"):
+            raise UnsupportedFieldError(
+                f"tools[{position}].function.strict would have to force the arguments into the schema, which this "
+                "server does not do yet; send strict: false, or leave it out, and check the arguments",
+                param=f"tools[{position}].function.strict",
+            )
     return [] if request.tool_choice == "none" else tools
 
 
