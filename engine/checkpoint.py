@@ -7,6 +7,7 @@ import json
 import pickle
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ _BIN_STEM = "pytorch_model"
 
 
 def resolve_model_folder(model: str, revision: str | None) -> Path:
-    """Return the folder of `demo`, of a local path, or of a hub name, which is downloaded when it is not cached.
+    """Return the folder of `demo`, of a local path, or of a hub name: brought up to date, or as cached when offline.
 
     Raises ConfigError when it is none of these, or when `revision` is given for something without revisions.
     """
@@ -52,10 +53,6 @@ def _download(name: str, revision: str | None) -> Path:
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
     try:
-        return Path(snapshot_download(name, revision=revision, local_files_only=True))
-    except Exception:  # not in the cache, or not whole: ask the hub
-        pass
-    try:
         files = list_repo_files(name, revision=revision)
         weights = "*.safetensors" if any(file.endswith(".safetensors") for file in files) else "*.bin"
         return Path(snapshot_download(name, revision=revision, allow_patterns=[*_METADATA_PATTERNS, weights]))
@@ -66,6 +63,8 @@ def _download(name: str, revision: str | None) -> Path:
     except RepositoryNotFoundError:
         reason = "the hub has no such model; check the name, or set HF_TOKEN for a private one"
     except Exception as error:  # any failure of the network or the disk ends the same way for the user
+        with suppress(Exception):
+            return Path(snapshot_download(name, revision=revision, local_files_only=True))
         reason = f"the download failed ({_first_line(error)}); check the network, or give a local folder"
     raise ConfigError(f"{name} is no local folder, and it cannot be had from the hub: {reason}")
 
