@@ -168,6 +168,17 @@ def test_extreme_parameters_leave_the_best_token() -> None:
         assert set(_draws(logits, 50, **sampling)) == {best}, sampling
 
 
+@pytest.mark.parametrize(("u", "token_id"), [(0.0, 8), (1.0 - 2.0**-53, 30)])
+def test_the_ends_of_the_unit_interval_draw_kept_tokens(
+    monkeypatch: pytest.MonkeyPatch, u: float, token_id: int
+) -> None:
+    """A draw at 0 must not take the first token of the vocabulary, whose weight is 0."""
+    monkeypatch.setattr(sampler, "uniform", lambda seed, position: u)
+    logits = _logits(seed=2)
+    logits[0, [8, 20, 30]] = torch.tensor([30.0, 31.0, 29.0])
+    assert sample(logits, [_sequence(top_k=3)])[0].token_id == token_id
+
+
 def test_a_limit_beyond_the_vocabulary_changes_nothing() -> None:
     logits = _logits()
     assert _draws(logits, 200, top_k=VOCAB_SIZE + 5) == _draws(logits, 200)
