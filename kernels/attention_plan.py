@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from torch.nn import functional
 
 # Rows (query tokens x heads that share a key-value head) of one matrix product on a CPU. On 2 cores, head_dim 64 and
 # blocks of 64: 512 products take 0.43 ms for 2 rows, 0.67 ms for 8 and 0.94 ms for 16; 8 serves decode and prefill.
@@ -24,7 +25,8 @@ class AttentionSlice:
 
     num_tiles: int
     num_blocks: int
-    token_rows: torch.Tensor  # int64 [num_tiles * tile_tokens], the token in each place; padding repeats a token
+    query_rows: torch.Tensor  # int64 [num_tiles * num_blocks * num_kv_heads * tile_tokens], rows of the queries seen
+    # as [num_tokens * num_kv_heads, heads of a group * head_dim]; padding repeats a tile's last token
     block_rows: torch.Tensor  # int64 [2 * num_tiles * num_blocks], key blocks, then value blocks
     first_masked_block: int  # blocks before it are seen whole by every token of the slice
     mask: torch.Tensor  # bool [num_tiles, num_blocks - first_masked_block, 1, tile rows, block_size], true: unseen
@@ -36,7 +38,8 @@ class AttentionPlan:
 
     tile_tokens: int
     slices: tuple[AttentionSlice, ...]
-    output_rows: torch.Tensor  # int64 [max(num_tokens, least_rows)], each token's place among all tiles' rows
+    output_rows: torch.Tensor  # int64 [max(num_tokens, least_rows) * num_kv_heads], rows among all tiles' results seen
+    # as [num_tiles * num_kv_heads * tile_tokens, heads of a group * head_dim]
     append_rows: torch.Tensor  # int64 [num_tokens * 2 * num_kv_heads], rows of the cache seen as [-1, head_dim]
 
 
@@ -48,70 +51,116 @@ class _Tile(NamedTuple):
     num_tokens: int
 
 
-def plan_attention(
-    *,
-    query_lens: Sequence[int],
-    context_lens: Sequence[int],
-    block_tables: torch.Tensor,
-    slot_ids: torch.Tensor,
-    num_heads: int,
-    num_kv_heads: int,
-    num_blocks: int,
-    block_size: int,
-    block_bytes: int,
-    sliding_window: int | None,
-    least_rows: int,
-) -> AttentionPlan:
-    """Plan one step. Lengths and tables as in the engine's StepBatch; `num_blocks` is the size of the whole cache.
+class AttentionPlanner:
+    """Plans the steps of one model over one cache of `num_blocks` blocks.
 
     `block_bytes` is what one gathered block of keys and values takes in the compute type. With fewer tokens than
     `least_rows` the output repeats the first token's row.
     """
-    group = num_heads // num_kv_heads
-    tile_tokens = _tile_tokens(group, query_lens, block_tables.is_cuda)
-    tiles = sorted(_cut_into_tiles(query_lens, context_lens, tile_tokens, block_size))
-    # A batch of a single matrix product takes another code path in the BLAS, with other rounding.
-    least_blocks = 2 if num_kv_heads == 1 else 1
-    blocks_per_slice = max(1, _SLICE_BYTES // block_bytes)
 
-    device = block_tables.device
-    table = torch.tensor(tiles, dtype=torch.int64)
-    offsets = torch.arange(tile_tokens)
-    inside = torch.minimum(offsets, table[:, 4:] - 1)  # [num_tiles, tile_tokens], padding repeats the last token
-    token_rows = table[:, 2:3] + inside
-    positions = table[:, 3:4] + inside
-    output_rows = torch.zeros(max(sum(query_lens), least_rows), dtype=torch.int64)
-    real = offsets < table[:, 4:]
-    output_rows[token_rows[real]] = torch.arange(token_rows.numel()).view_as(token_rows)[real]
+    def __init__(
+        self,
+        *,
+        num_heads: int,
+        num_kv_heads: int,
+        num_blocks: int,
+        block_size: int,
+        block_bytes: int,
+        sliding_window: int | None,
+        least_rows: int,
+        device: torch.device,
+    ) -> None:
+        self._group = num_heads // num_kv_heads
+        self._num_kv_heads = num_kv_heads
+        self._num_blocks = num_blocks
+        self._block_size = block_size
+        self._blocks_per_slice = max(1, _SLICE_BYTES // block_bytes)
+        # A batch of a single matrix product takes another code path in the BLAS, with other rounding.
+        self._least_blocks = 2 if num_kv_heads == 1 else 1
+        self._sliding_window = sliding_window
+        self._least_rows = least_rows
+        self._device = device
+        heads = torch.arange(num_kv_heads)
+        self._heads = heads.view(1, 1, -1, 1)
+        keys = heads * block_size
+        self._cache_rows = torch.cat((keys, keys + num_blocks * num_kv_heads * block_size)).to(device)
 
-    slices = []
-    for start, stop in _cut_into_slices(tiles, blocks_per_slice):
-        width = max(tiles[stop - 1].num_blocks, least_blocks)
-        first_masked = (
-            0 if sliding_window else min((tile.first_position + 1) // block_size for tile in tiles[start:stop])
-        )
-        first_masked = min(first_masked, width)
-        mask = _mask(positions[start:stop], first_masked, width, block_size, group, sliding_window)
-        sequences = table[start:stop, 1].to(device)
-        slices.append(
-            AttentionSlice(
-                num_tiles=stop - start,
-                num_blocks=width,
-                token_rows=token_rows[start:stop].reshape(-1).to(device),
-                block_rows=_block_rows(block_tables, sequences, width, num_blocks),
-                first_masked_block=first_masked,
-                mask=mask.to(device),
+    def plan(
+        self,
+        *,
+        query_lens: Sequence[int],
+        context_lens: Sequence[int],
+        block_tables: torch.Tensor,
+        slot_ids: torch.Tensor,
+    ) -> AttentionPlan:
+        """Plan one step; the arguments are those of the engine's StepBatch."""
+        tile_tokens = self._tile_tokens(query_lens)
+        tiles = sorted(_cut_into_tiles(query_lens, context_lens, tile_tokens, self._block_size))
+        table = torch.tensor(tiles, dtype=torch.int64)
+        inside = torch.minimum(torch.arange(tile_tokens), table[:, 4:] - 1)  # [num_tiles, tile_tokens]
+        token_rows = table[:, 2:3] + inside
+        positions = table[:, 3:4] + inside
+
+        # Padding repeats a token, and all places of a token hold the same result: any of them may be written last.
+        places = torch.zeros(max(sum(query_lens), self._least_rows), dtype=torch.int64)
+        tile_starts = torch.arange(len(tiles)).mul_(self._num_kv_heads * tile_tokens).unsqueeze(-1)
+        places[token_rows] = tile_starts + torch.arange(tile_tokens)
+        output_rows = places.unsqueeze(-1) + self._heads.view(-1) * tile_tokens
+
+        first_rows = token_rows.mul_(self._num_kv_heads).view(len(tiles), 1, 1, tile_tokens) + self._heads
+        slices = []
+        for start, stop in _cut_into_slices(tiles, self._blocks_per_slice):
+            width = max(tiles[stop - 1].num_blocks, self._least_blocks)
+            first_masked = self._first_masked_block(tiles[start:stop], width)
+            sequences = table[start:stop, 1].to(self._device)
+            slices.append(
+                AttentionSlice(
+                    num_tiles=stop - start,
+                    num_blocks=width,
+                    query_rows=first_rows[start:stop].expand(-1, width, -1, -1).reshape(-1).to(self._device),
+                    block_rows=self._block_rows(block_tables, sequences, width),
+                    first_masked_block=first_masked,
+                    mask=self._mask(positions[start:stop], first_masked, width).to(self._device),
+                )
             )
+        return AttentionPlan(
+            tile_tokens, tuple(slices), output_rows.view(-1).to(self._device), self._append_rows(slot_ids)
         )
-    append_rows = _append_rows(slot_ids, num_kv_heads, num_blocks, block_size)
-    return AttentionPlan(tile_tokens, tuple(slices), output_rows.to(device), append_rows)
 
+    def _tile_tokens(self, query_lens: Sequence[int]) -> int:
+        """Return the query tokens of a tile: fixed on a CPU, where it decides the rounding; by need on a GPU."""
+        if self._device.type == "cpu":
+            return max(1, _CPU_TILE_ROWS // self._group)
+        return 1 if max(query_lens) == 1 else max(1, _CUDA_PREFILL_TILE_ROWS // self._group)
 
-def _tile_tokens(group: int, query_lens: Sequence[int], on_cuda: bool) -> int:
-    """Return the query tokens of a tile: fixed on a CPU, where it decides the rounding; by need on a GPU."""
-    if not on_cuda:
-        return max(1, _CPU_TILE_ROWS // group)
-    return 1 if max(query_lens) == 1 else max(1, _CUDA_PREFILL_TILE_ROWS // group)
+    def _first_masked_block(self, tiles: Sequence[_Tile], width: int) -> int:
+        if self._sliding_window is not None:
+            return 0
+        return min(width, min((tile.first_position + 1) // self._block_size for tile in tiles))
+
+    def _mask(self, positions: torch.Tensor, first_block: int, width: int) -> torch.Tensor:
+        """Return which keys a slice's rows must not see; positions int64 [num_tiles, tile_tokens]."""
+        num_tiles, tile_tokens = positions.shape
+        keys = torch.arange(first_block * self._block_size, width * self._block_size)
+        queries = positions.unsqueeze(-1)
+        hidden = keys > queries  # [num_tiles, tile_tokens, keys]
+        if self._sliding_window is not None:
+            hidden |= keys <= queries - self._sliding_window
+        blocks = hidden.view(num_tiles, tile_tokens, 1, width - first_block, self._block_size).permute(0, 3, 1, 2, 4)
+        rows = blocks.expand(-1, -1, -1, self._group, -1)
+        return rows.reshape(num_tiles, width - first_block, 1, tile_tokens * self._group, self._block_size)
+
+    def _block_rows(self, block_tables: torch.Tensor, sequences: torch.Tensor, width: int) -> torch.Tensor:
+        tables = block_tables[:, :width].index_select(0, sequences)
+        if tables.shape[1] < width:
+            tables = functional.pad(tables, (0, width - tables.shape[1]))
+        keys = tables.view(-1)
+        return torch.cat((keys, keys + self._num_blocks))
+
+    def _append_rows(self, slot_ids: torch.Tensor) -> torch.Tensor:
+        """Turn block * block_size + offset into (block * num_kv_heads + head) * block_size + offset, for K and V."""
+        first_heads = slot_ids * self._num_kv_heads - (slot_ids % self._block_size) * (self._num_kv_heads - 1)
+        return (first_heads.unsqueeze(-1) + self._cache_rows).view(-1)
 
 
 def _cut_into_tiles(
@@ -138,34 +187,3 @@ def _cut_into_slices(tiles: Sequence[_Tile], blocks_per_slice: int) -> list[tupl
             slices.append((start, stop))
             start = stop
     return slices
-
-
-def _mask(
-    positions: torch.Tensor, first_block: int, num_blocks: int, block_size: int, group: int, sliding_window: int | None
-) -> torch.Tensor:
-    """Return which keys a slice's rows must not see; positions int64 [num_tiles, tile_tokens]."""
-    num_tiles, tile_tokens = positions.shape
-    keys = torch.arange(first_block * block_size, num_blocks * block_size)
-    queries = positions.unsqueeze(-1)
-    hidden = keys > queries  # [num_tiles, tile_tokens, keys]
-    if sliding_window is not None:
-        hidden |= keys <= queries - sliding_window
-    blocked = hidden.view(num_tiles, tile_tokens, 1, num_blocks - first_block, block_size).permute(0, 3, 1, 2, 4)
-    rows = blocked.expand(-1, -1, -1, group, -1)
-    return rows.reshape(num_tiles, num_blocks - first_block, 1, tile_tokens * group, block_size)
-
-
-def _block_rows(block_tables: torch.Tensor, sequences: torch.Tensor, width: int, num_blocks: int) -> torch.Tensor:
-    tables = block_tables[:, :width].index_select(0, sequences)
-    if tables.shape[1] < width:
-        tables = torch.nn.functional.pad(tables, (0, width - tables.shape[1]))
-    keys = tables.reshape(-1)
-    return torch.cat((keys, keys + num_blocks))
-
-
-def _append_rows(slot_ids: torch.Tensor, num_kv_heads: int, num_blocks: int, block_size: int) -> torch.Tensor:
-    blocks = torch.div(slot_ids, block_size, rounding_mode="floor")
-    offsets = slot_ids - blocks * block_size
-    heads = torch.arange(num_kv_heads, device=slot_ids.device)
-    keys = (blocks.unsqueeze(-1) * num_kv_heads + heads) * block_size + offsets.unsqueeze(-1)
-    return torch.stack((keys, keys + num_blocks * num_kv_heads * block_size), 1).reshape(-1)

@@ -17,6 +17,8 @@ _ROUND_OUT = 2.0**-8
 _SMALLEST_SCALE = 1e-30
 # The score of a key that must not be seen; exp() of it is exactly 0, and unlike -inf it makes no NaN.
 _UNSEEN = -1e30
+# What infinity is stored as: a quarter of the largest number, so that a quantized row's range is one too.
+_LARGEST_STORED = {dtype: torch.finfo(dtype).max / 4 for dtype in (torch.float32, torch.bfloat16, torch.float16)}
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -86,7 +88,7 @@ def append_kv(
     [num_tokens * 2 * num_kv_heads] from the plan. Values that are not finite become finite, and small enough that a
     quantized row of them stays so: a sequence that overflowed must not reach the next owner of its blocks as 0 * NaN.
     """
-    largest = torch.finfo(kv.dtype).max / 4
+    largest = _LARGEST_STORED[kv.dtype]
     values = kv.reshape(-1, kv.shape[-1]).nan_to_num(nan=0.0, posinf=largest, neginf=-largest)
     if kv_scales is None:
         kv_data.view(-1, kv_data.shape[-1]).index_copy_(0, rows, values)
@@ -127,48 +129,39 @@ def paged_attention(
 
     query [num_tokens, num_heads, head_dim]; kv_data and kv_scales as in `read_kv`, with the new tokens appended.
     """
-    query = query * softmax_scale
-    tiles = [_attend_slice(query, kv_data, kv_scales, plan, part, bits) for part in plan.slices]
-    rows = tiles[0] if len(tiles) == 1 else torch.cat(tiles)
-    return rows.index_select(0, plan.output_rows)
+    num_kv_heads = kv_data.shape[2]
+    groups = (query * softmax_scale).view(query.shape[0] * num_kv_heads, -1)
+    parts = [_attend_slice(groups, kv_data, kv_scales, plan, part, bits) for part in plan.slices]
+    rows = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return rows.index_select(0, plan.output_rows).view(-1, query.shape[1] * query.shape[2])
 
 
 def _attend_slice(
-    query: torch.Tensor,
+    groups: torch.Tensor,
     kv_data: torch.Tensor,
     kv_scales: torch.Tensor | None,
     plan: AttentionPlan,
     part: AttentionSlice,
     bits: int,
 ) -> torch.Tensor:
-    """Attend for a few tiles at once; [num_tiles * tile_tokens, num_heads * head_dim].
+    """Attend for a few tiles at once; [num_tiles * num_kv_heads * tile_tokens, heads of a group * head_dim].
 
     Every matrix product has the fixed shape [tile rows, head_dim] x [head_dim, block_size], one for each tile, block
     and key-value head. The softmax takes its maximum over all blocks, and sums fixed-length rows first, then blocks in
-    the fixed order of `_fold`; blocks past a tile's end add exact zeros.
+    the fixed order of `_fold`; blocks past a tile's end add exact zeros. groups: scaled queries, [num_tokens *
+    num_kv_heads, heads of a group * head_dim].
     """
-    _, num_heads, head_dim = query.shape
-    num_kv_heads, block_size = kv_data.shape[2], kv_data.shape[3]
-    group = num_heads // num_kv_heads
-    tile_shape = (part.num_tiles, plan.tile_tokens, num_kv_heads, group, head_dim)
-    blocks_shape = (part.num_tiles, part.num_blocks, num_kv_heads, plan.tile_tokens * group)
+    keys, values = read_kv(kv_data, kv_scales, part.block_rows, bits, groups.dtype)
+    num_products, block_size, head_dim = keys.shape
+    queries = groups.index_select(0, part.query_rows).view(num_products, -1, head_dim)
+    by_block = (part.num_tiles, part.num_blocks, kv_data.shape[2], queries.shape[1], -1)
 
-    tiles = query.index_select(0, part.token_rows).view(tile_shape).permute(0, 2, 1, 3, 4).unsqueeze(1)
-    tiles = tiles.expand(-1, part.num_blocks, -1, -1, -1, -1).reshape(-1, plan.tile_tokens * group, head_dim)
-    keys, values = read_kv(kv_data, kv_scales, part.block_rows, bits, query.dtype)
-
-    scores = torch.bmm(tiles, keys.transpose(1, 2)).float().view(*blocks_shape, block_size)
+    scores = torch.bmm(queries, keys.transpose(1, 2)).float().view(by_block)
     scores[:, part.first_masked_block :].masked_fill_(part.mask, _UNSEEN)
     weights = scores.sub_(scores.amax((1, 4), keepdim=True)).exp_()
-    outputs = torch.bmm(weights.view(-1, *scores.shape[3:]).to(query.dtype), values).float()
-    sums = _fold(torch.cat((outputs.view(*blocks_shape, head_dim), weights.sum(-1, keepdim=True)), -1))
-    outputs = torch.div(sums[..., :head_dim], sums[..., head_dim:]).to(query.dtype)
-    return (
-        outputs.view(part.num_tiles, num_kv_heads, plan.tile_tokens, group * head_dim)
-        .transpose(1, 2)
-        .flatten(2)
-        .flatten(0, 1)
-    )
+    products = torch.bmm(weights.view(num_products, -1, block_size).to(groups.dtype), values).float().view(by_block)
+    totals = _fold(torch.cat((products, weights.sum(-1, keepdim=True)), -1))
+    return torch.div(totals[..., :head_dim], totals[..., head_dim:]).to(groups.dtype).view(-1, groups.shape[1])
 
 
 def _fold(parts: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,7 @@ from functools import lru_cache
 import torch
 
 from lmdserve.kernels import reference
-from lmdserve.kernels.attention_plan import plan_attention
+from lmdserve.kernels.attention_plan import AttentionPlanner
 
 from ..batch import StepBatch
 from ..kv_cache import KVCache
@@ -43,6 +43,7 @@ class Decoder:
         self._final_norm = final_norm
         self._head = head
         self._frequencies = lru_cache(maxsize=_KEPT_ROPE_BASES)(self._compute_frequencies)
+        self._planner = lru_cache(maxsize=1)(self._new_planner)
 
     @torch.inference_mode()
     def forward(self, batch: StepBatch, kv_cache: KVCache) -> torch.Tensor:
@@ -55,22 +56,27 @@ class Decoder:
         return self._head(rows)[: len(batch.logit_rows)].float()
 
     def _step_tables(self, batch: StepBatch, kv_cache: KVCache) -> StepTables:
-        config = self.config
-        plan = plan_attention(
+        plan = self._planner(kv_cache.num_blocks, kv_cache.block_size).plan(
             query_lens=batch.query_lens,
             context_lens=batch.context_lens,
             block_tables=batch.block_tables,
             slot_ids=batch.slot_ids,
-            num_heads=config.num_heads,
-            num_kv_heads=config.num_kv_heads,
-            num_blocks=kv_cache.num_blocks,
-            block_size=kv_cache.block_size,
-            block_bytes=2 * config.num_kv_heads * kv_cache.block_size * config.head_dim * self.dtype.itemsize,
-            sliding_window=config.sliding_window,
-            least_rows=_LEAST_ROWS,
         )
         cosines, signed_sines = reference.rope_tables(batch.positions, self._token_frequencies(batch))
         return StepTables(len(batch.positions), plan, cosines.to(self.dtype), signed_sines.to(self.dtype))
+
+    def _new_planner(self, num_blocks: int, block_size: int) -> AttentionPlanner:
+        config = self.config
+        return AttentionPlanner(
+            num_heads=config.num_heads,
+            num_kv_heads=config.num_kv_heads,
+            num_blocks=num_blocks,
+            block_size=block_size,
+            block_bytes=2 * config.num_kv_heads * block_size * config.head_dim * self.dtype.itemsize,
+            sliding_window=config.sliding_window,
+            least_rows=_LEAST_ROWS,
+            device=self.device,
+        )
 
     def _token_frequencies(self, batch: StepBatch) -> torch.Tensor:
         """Return fp32 [1, head_dim / 2] when all sequences share a base, else a row for every token."""

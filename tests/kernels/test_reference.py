@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lmdserve.kernels import layout, reference
-from lmdserve.kernels.attention_plan import AttentionPlan, plan_attention
+from lmdserve.kernels.attention_plan import AttentionPlan, AttentionPlanner
 
 GENERATOR = torch.Generator().manual_seed(11)
 SIZES = (1, 63, 127, 1000)
@@ -204,25 +204,26 @@ def test_paged_attention(
         contexts.append(torch.randn(length, 2, num_kv_heads, head_dim, generator=generator))
         slots.append(torch.tensor([table[at // block_size] * block_size + at % block_size for at in range(length)]))
 
-    def plan(slot_ids: torch.Tensor, queries: list[int]) -> AttentionPlan:
-        return plan_attention(
-            query_lens=queries,
-            context_lens=context_lens,
-            block_tables=block_tables,
-            slot_ids=slot_ids,
-            num_heads=num_heads,
-            num_kv_heads=num_kv_heads,
-            num_blocks=num_blocks,
-            block_size=block_size,
-            block_bytes=1 << 19,
-            sliding_window=window,
-            least_rows=1,
+    planner = AttentionPlanner(
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        num_blocks=num_blocks,
+        block_size=block_size,
+        block_bytes=1 << 19,
+        sliding_window=window,
+        least_rows=1,
+        device=torch.device("cpu"),
+    )
+
+    def plan(queries: list[int]) -> AttentionPlan:
+        return planner.plan(
+            query_lens=queries, context_lens=context_lens, block_tables=block_tables, slot_ids=torch.cat(slots)
         )
 
-    append_plan = plan(torch.cat(slots), context_lens)
-    reference.append_kv(torch.cat(contexts).flatten(1, 2), kv_data, kv_scales, append_plan.append_rows, bits)
+    append_rows = plan(context_lens).append_rows
+    reference.append_kv(torch.cat(contexts).flatten(1, 2), kv_data, kv_scales, append_rows, bits)
     actual = reference.paged_attention(
-        query, kv_data, kv_scales, plan(torch.cat(slots), query_lens), bits=bits, softmax_scale=head_dim**-0.5
+        query, kv_data, kv_scales, plan(query_lens), bits=bits, softmax_scale=head_dim**-0.5
     )
 
     first_row = 0
@@ -242,11 +243,7 @@ def test_query_values_far_apart_do_not_overflow() -> None:
     kv_data = torch.zeros(2, 2, 1, 4, 4)
     kv_data[0, 1, 0, :3] = torch.tensor([[1e4], [-1e4], [0.0]]).expand(3, 4)
     kv_data[1, 1, 0, :3] = torch.tensor([[1.0], [2.0], [3.0]]).expand(3, 4)
-    plan = plan_attention(
-        query_lens=[1],
-        context_lens=[3],
-        block_tables=torch.tensor([[1]]),
-        slot_ids=torch.tensor([6]),
+    planner = AttentionPlanner(
         num_heads=1,
         num_kv_heads=1,
         num_blocks=2,
@@ -254,6 +251,8 @@ def test_query_values_far_apart_do_not_overflow() -> None:
         block_bytes=128,
         sliding_window=None,
         least_rows=1,
+        device=torch.device("cpu"),
     )
+    plan = planner.plan(query_lens=[1], context_lens=[3], block_tables=torch.tensor([[1]]), slot_ids=torch.tensor([6]))
     out = reference.paged_attention(query, kv_data, None, plan, bits=32, softmax_scale=0.5)
     assert out.tolist() == [[1.0] * 4]
