@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from lmdserve import __version__
 from lmdserve.engine.api import ConfigError, Engine
 from lmdserve.engine.config import EngineConfig
-from lmdserve.engine.cpu_threads import wait_patiently
+from lmdserve.engine.torch_setup import prepare_torch
 
 from .config import ServerConfig
 from .options import OptionParser, add_options, read_options, suggestion
@@ -146,7 +146,7 @@ def _with_keys_from_environment(config: ServerConfig) -> ServerConfig:
 
 def _load(engine_config: EngineConfig, server_config: ServerConfig) -> tuple[Engine, "ServedModel"]:
     """Load weights, tokenizer and chat template; everything that can be wrong with them is a ConfigError."""
-    wait_patiently()
+    prepare_torch()
     from lmdserve.engine.loader import resolve_model_folder
     from lmdserve.engine.loop import load_engine
 

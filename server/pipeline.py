@@ -18,7 +18,7 @@ from typing import Any, Self, cast
 
 from lmdserve.engine.api import Chunk, Engine, Request, SamplingParams, TokenLogprob
 from lmdserve.engine.config import EngineConfig
-from lmdserve.engine.cpu_threads import wait_patiently
+from lmdserve.engine.torch_setup import prepare_torch
 from lmdserve.tools.api import ContentDelta
 
 from .choices import ChoicePlan, ChoiceStream
@@ -212,7 +212,7 @@ def pipeline(model: str = "demo", engine_config: EngineConfig | None = None, **o
     `options` are the fields of EngineConfig, as in `pipeline("demo", quant_policy=8)`; or give an `engine_config`.
     Raises ConfigError when the model or an option is wrong.
     """
-    wait_patiently()
+    prepare_torch()
     from lmdserve.engine.loader import resolve_model_folder
     from lmdserve.engine.loop import load_engine
 

@@ -1,5 +1,5 @@
-"""Before any test imports torch: its threads wait as they do in the server."""
+"""Before any test imports torch, it is set up as in the server."""
 
-from lmdserve.engine.cpu_threads import wait_patiently
+from lmdserve.engine.torch_setup import prepare_torch
 
-wait_patiently()
+prepare_torch()
