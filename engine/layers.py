@@ -51,7 +51,8 @@ class Attention:
     k_norm: RMSNorm | None
 
     def __call__(self, x: torch.Tensor, tables: StepTables, kv_cache: KVCache) -> torch.Tensor:
-        heads = self.qkv(x).view(x.shape[0], -1, self.head_dim)  # q heads, then k heads, then v heads
+        projected = self.qkv(x)[: tables.num_tokens]  # without the rows that only pad the products
+        heads = projected.view(tables.num_tokens, -1, self.head_dim)  # q heads, then k heads, then v heads
         rotated = heads[:, : self.num_heads + self.num_kv_heads]
         if self.q_norm is not None and self.k_norm is not None:
             rotated[:, : self.num_heads] = self.q_norm(rotated[:, : self.num_heads])
@@ -59,9 +60,7 @@ class Attention:
         reference.apply_rope_(rotated, tables.cosines, tables.signed_sines)
         data, scales = kv_cache.layer(self.layer)
         # Appended first and read back, so that a token's past is the same bits whether or not it came in this step.
-        reference.append_kv(
-            heads[: tables.num_tokens, self.num_heads :], data, scales, tables.plan.append_rows, kv_cache.bits
-        )
+        reference.append_kv(heads[:, self.num_heads :], data, scales, tables.plan.append_rows, kv_cache.bits)
         attended = reference.paged_attention(
             heads[:, : self.num_heads],
             data,

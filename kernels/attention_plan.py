@@ -38,7 +38,7 @@ class AttentionPlan:
 
     tile_tokens: int
     slices: tuple[AttentionSlice, ...]
-    output_rows: torch.Tensor  # int64 [max(num_tokens, least_rows) * num_kv_heads], rows among all tiles' results seen
+    output_rows: torch.Tensor  # int64 [num_output_rows * num_kv_heads], rows among all tiles' results seen
     # as [num_tiles * num_kv_heads * tile_tokens, heads of a group * head_dim]
     append_rows: torch.Tensor  # int64 [num_tokens * 2 * num_kv_heads], rows of the cache seen as [-1, head_dim]
 
@@ -54,8 +54,8 @@ class _Tile(NamedTuple):
 class AttentionPlanner:
     """Plans the steps of one model over one cache of `num_blocks` blocks.
 
-    `block_bytes` is what one gathered block of keys and values takes in the compute type. With fewer tokens than
-    `least_rows` the output repeats the first token's row.
+    `block_bytes` is what one gathered block of keys and values takes in the compute type. Output rows past the last
+    token repeat the first token's.
     """
 
     def __init__(
@@ -67,7 +67,6 @@ class AttentionPlanner:
         block_size: int,
         block_bytes: int,
         sliding_window: int | None,
-        least_rows: int,
         device: torch.device,
     ) -> None:
         self._group = num_heads // num_kv_heads
@@ -78,7 +77,6 @@ class AttentionPlanner:
         # A batch of a single matrix product takes another code path in the BLAS, with other rounding.
         self._least_blocks = 2 if num_kv_heads == 1 else 1
         self._sliding_window = sliding_window
-        self._least_rows = least_rows
         self._device = device
         heads = torch.arange(num_kv_heads)
         self._heads = heads.view(1, 1, -1, 1)
@@ -92,8 +90,9 @@ class AttentionPlanner:
         context_lens: Sequence[int],
         block_tables: torch.Tensor,
         slot_ids: torch.Tensor,
+        num_output_rows: int,
     ) -> AttentionPlan:
-        """Plan one step; the arguments are those of the engine's StepBatch."""
+        """Plan one step; the arguments are those of the engine's StepBatch, and how many rows the result shall have."""
         tile_tokens = self._tile_tokens(query_lens)
         tiles = sorted(_cut_into_tiles(query_lens, context_lens, tile_tokens, self._block_size))
         table = torch.tensor(tiles, dtype=torch.int64)
@@ -102,7 +101,7 @@ class AttentionPlanner:
         positions = table[:, 3:4] + inside
 
         # Padding repeats a token, and all places of a token hold the same result: any of them may be written last.
-        places = torch.zeros(max(sum(query_lens), self._least_rows), dtype=torch.int64)
+        places = torch.zeros(num_output_rows, dtype=torch.int64)
         tile_starts = torch.arange(len(tiles)).mul_(self._num_kv_heads * tile_tokens).unsqueeze(-1)
         places[token_rows] = tile_starts + torch.arange(tile_tokens)
         output_rows = places.unsqueeze(-1) + self._heads.view(-1) * tile_tokens

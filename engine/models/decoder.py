@@ -14,13 +14,11 @@ from lmdserve.kernels.attention_plan import AttentionPlanner
 from ..batch import StepBatch
 from ..kv_cache import KVCache
 from ..layers import DecoderLayer, RMSNorm, StepTables, rotary_frequencies
-from ..linear import Linear
+from ..linear import Linear, padded_row_count
 from ..model_config import ModelConfig
 
 # Dynamic NTK gives every long prompt its own base; this many sets of frequencies (head_dim / 2 floats) are kept.
 _KEPT_ROPE_BASES = 256
-# A lone row takes other kernels with other rounding; carried as a pair it costs less than padding each product.
-_LEAST_ROWS = 2
 
 
 class Decoder:
@@ -49,10 +47,10 @@ class Decoder:
     def forward(self, batch: StepBatch, kv_cache: KVCache) -> torch.Tensor:
         """Append the batch's tokens to the cache and return fp32 logits [len(batch.logit_rows), vocab_size]."""
         tables = self._step_tables(batch, kv_cache)
-        x = self._embedding.index_select(0, _at_least(_LEAST_ROWS, batch.token_ids))
+        x = self._embedding.index_select(0, self._pad(batch.token_ids))
         for layer in self._layers:
             x = layer(x, tables, kv_cache)
-        rows = self._final_norm(x.index_select(0, _at_least(_LEAST_ROWS, batch.logit_rows)))
+        rows = self._final_norm(x.index_select(0, self._pad(batch.logit_rows)))
         return self._head(rows)[: len(batch.logit_rows)].float()
 
     def _step_tables(self, batch: StepBatch, kv_cache: KVCache) -> StepTables:
@@ -61,6 +59,7 @@ class Decoder:
             context_lens=batch.context_lens,
             block_tables=batch.block_tables,
             slot_ids=batch.slot_ids,
+            num_output_rows=padded_row_count(len(batch.positions), self.device),
         )
         cosines, signed_sines = reference.rope_tables(batch.positions, self._token_frequencies(batch))
         return StepTables(len(batch.positions), plan, cosines.to(self.dtype), signed_sines.to(self.dtype))
@@ -74,7 +73,6 @@ class Decoder:
             block_size=block_size,
             block_bytes=2 * config.num_kv_heads * block_size * config.head_dim * self.dtype.itemsize,
             sliding_window=config.sliding_window,
-            least_rows=_LEAST_ROWS,
             device=self.device,
         )
 
@@ -88,8 +86,7 @@ class Decoder:
     def _compute_frequencies(self, base: float) -> torch.Tensor:
         return rotary_frequencies(self.config.rope, base, self.config.head_dim).to(self.device)
 
-
-def _at_least(num_rows: int, rows: torch.Tensor) -> torch.Tensor:
-    """Return `rows`, its first entry repeated at the end until there are `num_rows`; an empty one stays empty."""
-    missing = num_rows - len(rows)
-    return rows if missing <= 0 or len(rows) == 0 else torch.cat((rows, rows[:1].expand(missing)))
+    def _pad(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return `rows`, the first repeated at the end, as many as products are made for; an empty one stays empty."""
+        missing = padded_row_count(len(rows), self.device) - len(rows)
+        return rows if missing == 0 else torch.cat((rows, rows[:1].expand(missing)))

@@ -211,13 +211,16 @@ def test_paged_attention(
         block_size=block_size,
         block_bytes=1 << 19,
         sliding_window=window,
-        least_rows=1,
         device=torch.device("cpu"),
     )
 
     def plan(queries: list[int]) -> AttentionPlan:
         return planner.plan(
-            query_lens=queries, context_lens=context_lens, block_tables=block_tables, slot_ids=torch.cat(slots)
+            query_lens=queries,
+            context_lens=context_lens,
+            block_tables=block_tables,
+            slot_ids=torch.cat(slots),
+            num_output_rows=sum(queries) + 3,
         )
 
     append_rows = plan(context_lens).append_rows
@@ -250,9 +253,14 @@ def test_query_values_far_apart_do_not_overflow() -> None:
         block_size=4,
         block_bytes=128,
         sliding_window=None,
-        least_rows=1,
         device=torch.device("cpu"),
     )
-    plan = planner.plan(query_lens=[1], context_lens=[3], block_tables=torch.tensor([[1]]), slot_ids=torch.tensor([6]))
+    plan = planner.plan(
+        query_lens=[1],
+        context_lens=[3],
+        block_tables=torch.tensor([[1]]),
+        slot_ids=torch.tensor([6]),
+        num_output_rows=1,
+    )
     out = reference.paged_attention(query, kv_data, None, plan, bits=32, softmax_scale=0.5)
     assert out.tolist() == [[1.0] * 4]
