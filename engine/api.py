@@ -10,6 +10,9 @@ from enum import Enum
 from typing import NamedTuple, Protocol
 
 
+ENGINE_THREAD_PREFIX = "lmdserve-engine"  # begins the name of the thread that runs the model
+
+
 class FinishReason(Enum):
     """Why a sequence ended."""
 

@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from .api import (
+    ENGINE_THREAD_PREFIX,
     Chunk,
     ConfigError,
     EngineDeadError,
@@ -88,7 +89,7 @@ class AsyncEngine:
         self._step_limit_s = step_limit_s
         self._streams: dict[str, OutputStream] = {}
         self._finish_rate = FinishRate()
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="lmdserve-engine")
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix=ENGINE_THREAD_PREFIX)
         self._task: asyncio.Task[None] | None = None
         self._wake = asyncio.Event()
         self._is_draining = False

@@ -10,11 +10,12 @@ import logging
 import os
 import secrets
 import sys
+import threading
 from collections.abc import Callable, Collection, Coroutine, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lmdserve import __version__
-from lmdserve.engine.api import ConfigError, Engine
+from lmdserve.engine.api import ENGINE_THREAD_PREFIX, ConfigError, Engine
 from lmdserve.engine.config import EngineConfig
 from lmdserve.engine.torch_setup import prepare_torch
 
@@ -162,4 +163,10 @@ def _run(main_task: Coroutine[Any, Any, int]) -> int:
     import uvloop
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(main_task)
+        status = runner.run(main_task)
+    if any(thread.name.startswith(ENGINE_THREAD_PREFIX) for thread in threading.enumerate()):
+        # A step that hangs cannot be interrupted, and the interpreter would wait for its thread for ever.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    return status

@@ -109,3 +109,19 @@ def test_api_keys_come_from_the_option_and_the_environment(monkeypatch: pytest.M
     monkeypatch.setenv("LMDSERVE_API_KEYS", "b, c,,a")
     config = cli._with_keys_from_environment(ServerConfig(api_keys=("a",)))
     assert config.api_keys == ("a", "b", "c")
+
+
+def test_a_hung_step_does_not_keep_the_process_alive() -> None:
+    """An engine thread that never returns once made SIGTERM wait for ever at the interpreter's exit."""
+    program = (
+        "import threading\n"
+        "from concurrent.futures import ThreadPoolExecutor\n"
+        "from lmdserve.engine.api import ENGINE_THREAD_PREFIX\n"
+        "from lmdserve.server.cli import _run\n"
+        "async def main():\n"
+        "    ThreadPoolExecutor(1, thread_name_prefix=ENGINE_THREAD_PREFIX).submit(threading.Event().wait)\n"
+        "    return 3\n"
+        "raise SystemExit(_run(main()))"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=30)
+    assert result.returncode == 3, result.stderr
