@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import NamedTuple, Protocol
 
-
 ENGINE_THREAD_PREFIX = "lmdserve-engine"  # begins the name of the thread that runs the model
 
 
