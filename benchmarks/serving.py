@@ -85,9 +85,9 @@ def row(arguments: argparse.Namespace, server_options: list[str], report: dict[s
         " ".join(server_options) or "-",
         report["concurrency"],
         f"{arguments.input_len} / {arguments.output_len}",
-        f"{report['output_token_throughput']:.0f}",
-        f"{report['ttft']['median_ms']:.0f} / {report['ttft']['p99_ms']:.0f}",  # type: ignore[index]
-        f"{report['itl']['median_ms']:.1f} / {report['itl']['p99_ms']:.1f}",  # type: ignore[index]
+        f"{report['output_token_throughput_per_s']:.0f}",
+        f"{report['median_ttft_ms']:.0f} / {report['p99_ttft_ms']:.0f}",
+        f"{report['median_itl_ms']:.1f} / {report['p99_itl_ms']:.1f}",
     ]
     return "| " + " | ".join(map(str, cells)) + " |"
 
