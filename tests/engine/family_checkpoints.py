@@ -52,7 +52,7 @@ class FamilyCase:
 
     id: str
     config: dict[str, Any]
-    reference_class: type[transformers.PreTrainedConfig]
+    reference_class: str  # of transformers; by name, because older releases do not have them all
     reference: dict[str, Any] = field(default_factory=dict)
     without_keys: tuple[str, ...] = ()
     rename: Callable[[Tensors], Tensors] | None = None
@@ -63,7 +63,7 @@ class FamilyCase:
 
     def reference_model(self, **changes: Any) -> transformers.PreTrainedModel:
         """Return transformers' model with random weights, large enough that every part matters in the logits."""
-        config = self.reference_class(**{**_SIZES, **self.reference, **changes})
+        config = getattr(transformers, self.reference_class)(**{**_SIZES, **self.reference, **changes})
         model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
         generator = torch.Generator().manual_seed(1)
         with torch.no_grad():
@@ -140,21 +140,21 @@ FAMILY_CASES = (
     FamilyCase(
         "internlm2",
         {**_architecture("InternLM2", "internlm2"), "bias": False, "rope_theta": 1e6, "rope_scaling": _DYNAMIC},
-        transformers.LlamaConfig,
+        "LlamaConfig",
         _rope(1e6, "dynamic", factor=2.0),
         rename=to_internlm2,
     ),
     FamilyCase(
         "internlm2-bias",
         {**_architecture("InternLM2", "internlm2"), "bias": True, "rope_theta": 1e4, "rope_scaling": None},
-        transformers.LlamaConfig,
+        "LlamaConfig",
         {**_rope(1e4), "attention_bias": True},
         rename=to_internlm2,
     ),
     FamilyCase(
         "internlm1",
         {**_architecture("InternLM", "internlm"), "bias": True, "rotary": {"base": 1e4, "type": "dynamic"}},
-        transformers.LlamaConfig,
+        "LlamaConfig",
         {**_rope(1e4, "dynamic", factor=1.0), "attention_bias": True, "num_key_value_heads": NUM_HEADS},
         without_keys=("num_key_value_heads",),
     ),
@@ -168,7 +168,7 @@ FAMILY_CASES = (
             "rope_theta": 5e7,
             "rope_scaling": {"rope_type": "dynamic", "factor": 6.0},
         },
-        transformers.InternLM3Config,
+        "InternLM3Config",
         {**_rope(5e7, "dynamic", factor=6.0), "head_dim": 32},
     ),
     FamilyCase(
@@ -180,46 +180,46 @@ FAMILY_CASES = (
             "rope_theta": 5e7,
             "rope_scaling": None,
         },
-        transformers.InternLM3Config,
+        "InternLM3Config",
         {**_rope(5e7), "attention_bias": True, "mlp_bias": True, "head_dim": HEAD_DIM},
     ),
-    FamilyCase("llama2", {**_LLAMA}, transformers.LlamaConfig, _rope(1e4)),
-    FamilyCase("llama3", {**_LLAMA, "rope_theta": 5e5}, transformers.LlamaConfig, _rope(5e5)),
+    FamilyCase("llama2", {**_LLAMA}, "LlamaConfig", _rope(1e4)),
+    FamilyCase("llama3", {**_LLAMA, "rope_theta": 5e5}, "LlamaConfig", _rope(5e5)),
     FamilyCase(
         "llama3.1",
         {**_LLAMA, "rope_theta": 5e5, "rope_scaling": _LLAMA3},
-        transformers.LlamaConfig,
+        "LlamaConfig",
         {"rope_parameters": {**_LLAMA3, "rope_theta": 5e5}},
     ),
     FamilyCase(
         "llama-tied-mlp-bias",
         {**_LLAMA, "rope_theta": 1e4, "mlp_bias": True, "attention_bias": True, "tie_word_embeddings": True},
-        transformers.LlamaConfig,
+        "LlamaConfig",
         {**_rope(1e4), "mlp_bias": True, "attention_bias": True, "tie_word_embeddings": True},
     ),
-    FamilyCase("codellama", {**_LLAMA, "rope_theta": 1e6}, transformers.LlamaConfig, _rope(1e6)),
+    FamilyCase("codellama", {**_LLAMA, "rope_theta": 1e6}, "LlamaConfig", _rope(1e6)),
     FamilyCase(
         "llama-linear",
         {**_LLAMA, "rope_theta": 1e4, "rope_scaling": {"type": "linear", "factor": 4.0}},
-        transformers.LlamaConfig,
+        "LlamaConfig",
         _rope(1e4, "linear", factor=4.0),
     ),
     FamilyCase(
         "mistral",
         {**_architecture("Mistral", "mistral"), "rope_theta": 1e6, "sliding_window": None},
-        transformers.MistralConfig,
+        "MistralConfig",
         {**_rope(1e6), "sliding_window": None},
     ),
     FamilyCase(
         "mistral-window",
         {**_architecture("Mistral", "mistral"), "rope_theta": 1e4, "sliding_window": 11},
-        transformers.MistralConfig,
+        "MistralConfig",
         {**_rope(1e4), "sliding_window": 11},
     ),
     FamilyCase(
         "qwen2",
         {**_architecture("Qwen2", "qwen2"), "rope_theta": 1e6, "use_sliding_window": False, "sliding_window": 8},
-        transformers.Qwen2Config,
+        "Qwen2Config",
         _rope(1e6),
     ),
     FamilyCase(
@@ -230,13 +230,13 @@ FAMILY_CASES = (
             "tie_word_embeddings": True,
             "use_sliding_window": False,
         },
-        transformers.Qwen2Config,
+        "Qwen2Config",
         {**_rope(1e6), "tie_word_embeddings": True},
     ),
     FamilyCase(
         "qwen3",
         {**_architecture("Qwen3", "qwen3"), "rope_theta": 1e6, "head_dim": 32, "attention_bias": False},
-        transformers.Qwen3Config,
+        "Qwen3Config",
         {**_rope(1e6), "head_dim": 32},
     ),
 )

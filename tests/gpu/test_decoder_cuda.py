@@ -18,7 +18,7 @@ pytestmark = [
 
 
 @pytest.mark.parametrize("policy", [0, 8, 4])
-@pytest.mark.parametrize("case_id", ["internlm2", "internlm3-bias", "qwen3", "mistral-window"])
+@pytest.mark.parametrize("case_id", ["internlm2", "qwen2", "qwen3", "mistral-window"])
 def test_gpu_logits_equal_the_cpus(
     case_id: str, policy: QuantPolicy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
