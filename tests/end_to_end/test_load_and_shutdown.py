@@ -59,19 +59,19 @@ async def run_storm(url: str, seed: int) -> list[str]:
 async def test_200_streams_of_which_a_fifth_hang_up() -> None:
     """All others complete, every KV block is free at the end, and memory does not grow from one storm to the next.
 
-    The pool is small enough that a storm fills it, and two meet every shape of work: what the third adds is a leak.
+    The pool and the steps are small, so that the first storm meets about every shape of work: what the second adds
+    would be a leak. Its bug: a program of 1 MB kept for each number of rows that a product had met, 150 MB a storm.
     """
-    server = ServerProcess("--cache-max-entry-count", "96")
+    server = ServerProcess("--cache-max-entry-count", "96", "--max-prefill-token-num", "512")
     try:
-        for seed in (0, 1):
-            await run_storm(server.url, seed=seed)
-            server.wait_until_idle()
+        await run_storm(server.url, seed=1)
+        server.wait_until_idle()
         before = server.resident_bytes()
         outcomes = await run_storm(server.url, seed=2)
         server.wait_until_idle()
         assert outcomes.count("length") == NUM_STREAMS - outcomes.count("left")
         assert outcomes.count("left") > NUM_STREAMS // 10
-        assert server.resident_bytes() - before < 32 * 2**20
+        assert server.resident_bytes() - before < 64 * 2**20
         assert server.stop() == 0
         assert "Traceback" not in server.log()
     finally:
