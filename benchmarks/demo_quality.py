@@ -1,0 +1,106 @@
+"""Score the demo model as served, at every width of weights and KV cache, and print one Markdown row for each.
+
+    python benchmarks/demo_quality.py --cases 400
+
+The 4-bit weights are an AWQ checkpoint written here by rounding to nearest in groups of 128, without calibration. Every
+row is a server process of its own, asked over HTTP by `demo/evaluate.py` for the same held-out cases.
+"""
+
+import argparse
+import datetime
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+import lmdserve
+from lmdserve.kernels.layout import pack_awq
+
+DEMO = Path(lmdserve.__file__).parent / "demo" / "model"
+GROUP_SIZE = 128
+LINEAR = re.compile(r"\.(attention\.w\w+|feed_forward\.w\d)\.weight$")
+ROWS = [("float32", 0), ("float32", 8), ("float32", 4), ("AWQ 4-bit", 0), ("AWQ 4-bit", 4)]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", default="400")
+    arguments = parser.parse_args()
+    print(f"{datetime.date.today()}, lmdserve {lmdserve.__version__}, torch {torch.__version__}, CPU\n")
+    print("| weights | KV bits | exact calls | calls |\n|---|---|---|---|", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        write_awq(DEMO, Path(folder) / "demo-awq")
+        for weights, quant_policy in ROWS:
+            model = str(Path(folder) / "demo-awq") if weights.startswith("AWQ") else "demo"
+            share, count = score(model, quant_policy, arguments.cases)
+            print(f"| {weights} | {quant_policy or 32} | {share} | {count} |", flush=True)
+    return 0
+
+
+def write_awq(source: Path, target: Path) -> None:
+    """Write an AutoAWQ "gemm" checkpoint of `source`: linears of the layers rounded to nearest, the rest as it is."""
+    target.mkdir()
+    for path in source.glob("*.json"):
+        shutil.copy(path, target)
+    (target / "model.safetensors.index.json").unlink()
+    config = json.loads((source / "config.json").read_text("utf-8"))
+    config["quantization_config"] = {
+        "quant_method": "awq", "version": "gemm", "bits": 4, "group_size": GROUP_SIZE, "zero_point": True
+    }  # fmt: skip
+    (target / "config.json").write_text(json.dumps(config, indent=2), "utf-8")
+    tensors: dict[str, torch.Tensor] = {}
+    for path in sorted(source.glob("*.safetensors")):
+        for name, tensor in load_file(path).items():
+            if LINEAR.search(name):
+                tensors |= quantize(name.removesuffix(".weight"), tensor.float())
+            else:
+                tensors[name] = tensor
+    save_file(tensors, target / "model.safetensors")
+
+
+def quantize(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Round a weight [out, in] to 4 bits, a scale and a zero point for each group of inputs."""
+    out_features, in_features = weight.shape
+    groups = weight.t().reshape(in_features // GROUP_SIZE, GROUP_SIZE, out_features)
+    low, high = groups.amin(1).clamp(max=0), groups.amax(1).clamp(min=0)
+    scales = ((high - low) / 15).clamp(min=1e-5).half()
+    zeros = (-low / scales.float()).round().clamp(0, 15)
+    codes = (groups / scales.float().unsqueeze(1)).round_().add_(zeros.unsqueeze(1)).clamp_(0, 15)
+    return {
+        f"{name}.qweight": pack_awq(codes.view(in_features, out_features)),
+        f"{name}.qzeros": pack_awq(zeros),
+        f"{name}.scales": scales,
+    }
+
+
+def score(model: str, quant_policy: int, cases: str) -> tuple[str, str]:
+    """Serve a model and return evaluate's share of exact calls and how many calls there were."""
+    command = [sys.executable, "-m", "lmdserve", "--model", model, "--server-port", "0"]
+    command += ["--quant-policy", str(quant_policy), "--log-level", "ERROR"]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    watchdog = threading.Timer(300.0, server.kill)
+    watchdog.start()
+    try:
+        assert server.stdout is not None
+        url = next(found.group() for line in server.stdout if (found := re.search(r"http://\S+?:\d+", line)))
+        watchdog.cancel()
+        command = [sys.executable, "-m", "lmdserve.demo.evaluate", url, "--cases", cases]
+        report = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+    finally:
+        server.terminate()
+        server.wait()
+    found = re.search(r"^all calls \(exact\)\s+(\S+%)\s+\S+\s+(\d+)", report, re.MULTILINE)
+    if found is None:
+        raise SystemExit(f"the evaluation printed no score:\n{report}")
+    return found[1], found[2]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
