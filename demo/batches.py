@@ -15,11 +15,12 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from lmdserve.demo.corpus.dialogue import render
-from lmdserve.demo.corpus.mixture import make_dialogue
-from lmdserve.demo.corpus.source import Source, Split
+from .corpus.dialogue import render
+from .corpus.mixture import make_dialogue
+from .corpus.source import Source, Split
 
 ROW_TOKENS = 16_384
+MEAN_DOCUMENT_TOKENS = 64  # far below the real mean, so that all batches have one shape and compile once
 BOS, EOS = 1, 2
 PROMPT, ANSWER = 0, 1  # what a token is: read, or to be written by the model
 
@@ -125,6 +126,7 @@ def pack(rows: list[tuple[bytes, bytes]]) -> Batch:
     begins = (token_ids == BOS).nonzero()[:, 0]
     lengths = torch.diff(begins, append=torch.tensor([num_tokens]))
     positions = torch.arange(num_tokens) - begins.repeat_interleave(lengths)
-    starts = torch.full((num_tokens // 64 + 1,), num_tokens, dtype=torch.int32)
+    num_starts = max(num_tokens // MEAN_DOCUMENT_TOKENS, begins.numel()) + 1
+    starts = torch.full((num_starts,), num_tokens, dtype=torch.int32)
     starts[: begins.numel()] = begins.int()
     return Batch(token_ids, roles, positions, starts)

@@ -125,7 +125,11 @@ def main() -> None:
     parser.add_argument("--concurrency", type=int, default=32)
     parser.add_argument("--api-key")
     parser.add_argument("--failures", action="store_true", help="show every wrong answer as a line of JSON")
-    asyncio.run(evaluate(parser.parse_args()))
+    options = parser.parse_args()
+    try:
+        asyncio.run(evaluate(options))
+    except aiohttp.ClientConnectorError:
+        parser.exit(2, f"no server answers at {options.url}; start one with `make serve`, or give its URL\n")
 
 
 if __name__ == "__main__":

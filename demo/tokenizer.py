@@ -12,12 +12,12 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from lmdserve.demo.corpus.chat import chat_dialogue
-from lmdserve.demo.corpus.dialogue import CONTROL_TOKENS, render
-from lmdserve.demo.corpus.mixture import make_dialogue
-from lmdserve.demo.corpus.source import Source, Split
+from .corpus.chat import chat_dialogue
+from .corpus.dialogue import CONTROL_TOKENS, render
+from .corpus.mixture import make_dialogue
+from .corpus.source import Source, Split
 
-JSON_MARKS = ('"}}, {"', '"}, "', '": {"', '": ["', '": "', '": ', '", "', '{"', '"]}', '"}', '"]')
+JSON_MARKS = ('"}, "', '": {"', '": ["', '": "', '": ', '", "', '{"', '"]}', '"}', '"]')
 PIECES = "|".join(
     [
         *(mark.replace("{", r"\{").replace("}", r"\}").replace("[", r"\[").replace("]", r"\]") for mark in JSON_MARKS),

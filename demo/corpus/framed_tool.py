@@ -142,6 +142,6 @@ class FrameTool(Tool):
                 given[slot.name] = value.argument
         text = template.format(**fields)
         text = spaced(text) if language == "zh" else text
-        if language == "en" and source.chance(0.7):
+        if language == "en" and template.startswith("{verb}") and source.chance(0.7):
             text = text[0].upper() + text[1:]
         return text + (source.choice(("", "", ".", ", please")) if text[-1] not in "?？" else ""), self.ordered(given)
