@@ -1,4 +1,4 @@
-"""The two attentions of the demo model's training agree, values and gradients, so that flash attention learns the truth."""
+"""The two attentions of the demo model's training agree, values and gradients: flash attention learns the truth."""
 
 import pytest
 import torch
