@@ -9,6 +9,7 @@ all sequences of the batch have their first token.
 import argparse
 import asyncio
 import datetime
+import os
 import random
 import sys
 import time
@@ -36,7 +37,7 @@ def main() -> int:
     parser.add_argument("--input-len", type=int, default=256)
     parser.add_argument("--output-len", type=int, default=128)
     arguments = parser.parse_args()
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {len(os.sched_getaffinity(0))} cores"
     print(f"{datetime.date.today()}, lmdserve {lmdserve.__version__}, torch {torch.__version__}, {gpu}\n\n{HEADER}")
     for quant_policy in map(int, arguments.quant_policy.split(",")):
         config = EngineConfig(
