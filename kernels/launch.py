@@ -1,0 +1,46 @@
+"""What every Triton launcher needs to know of where it runs: programmatic dependent launch, and the interpreter.
+
+Owns no kernel. With programmatic dependent launch (Hopper and later) a kernel may start while the one before it in the
+stream still runs. A kernel launched so waits before it touches anything an earlier kernel wrote, and lets the next one
+start once its main loop is done: starting it earlier made a chain of decoder layers 3 to 55 % slower on an H200,
+because the waiting programs hold the places of the running ones.
+"""
+
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+
+@cache
+def has_programmatic_launch(device: torch.device) -> bool:
+    """Say whether kernels on this device may be launched before their predecessor has ended."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def is_interpreted() -> bool:
+    """Say whether kernels run in Triton's interpreter (TRITON_INTERPRET=1), which has no inline assembly."""
+    return bool(triton.knobs.runtime.interpret)
+
+
+def launch_options(device: torch.device) -> dict[str, Any]:
+    """Return the arguments that each launch passes: `PDL`, the kernels' constexpr, and the launcher's own switch."""
+    if has_programmatic_launch(device):
+        return {"PDL": True, "launch_pdl": True}
+    return {"PDL": False}
+
+
+@triton.jit
+def wait_for_previous_kernel(PDL: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Return when everything that earlier kernels of the stream wrote can be read."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def release_next_kernel(PDL: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Let the next kernel of the stream start; it still waits for this one before it reads."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
