@@ -15,7 +15,7 @@ from family_checkpoints import Tensors, case_named, write_checkpoint
 from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
 from safetensors.torch import save_file
 
-from lmdserve.engine import checkpoint as checkpoint_module
+from lmdserve.engine import model_folder
 from lmdserve.engine.api import ConfigError
 from lmdserve.engine.checkpoint import Checkpoint
 from lmdserve.engine.loader import load_model, resolve_model_folder
@@ -193,12 +193,12 @@ def test_demo_is_the_packages_own_folder(tmp_path: Path, monkeypatch: pytest.Mon
     """A folder called `demo` in the working directory does not shadow it."""
     (tmp_path / "demo").mkdir()
     monkeypatch.chdir(tmp_path)
-    shipped = Path(checkpoint_module.__file__).parent.parent / "demo" / "model"
-    monkeypatch.setattr(checkpoint_module, "_demo_folder", lambda: tmp_path / "package" / "demo" / "model")
+    shipped = Path(model_folder.__file__).parent.parent / "demo" / "model"
+    monkeypatch.setattr(model_folder, "_demo_folder", lambda: tmp_path / "package" / "demo" / "model")
     with pytest.raises(ConfigError, match="install the package again"):
         resolve_model_folder("demo", None)
     monkeypatch.undo()
-    assert checkpoint_module._demo_folder() == shipped
+    assert model_folder._demo_folder() == shipped
 
 
 class FakeHub:

@@ -1,0 +1,65 @@
+"""Where a model's folder is: `demo`, a local path, or a hub name that is downloaded or found in the hub's cache.
+
+No torch here, so that a plan can be made without it. What the folder holds is `model_config`'s and `checkpoint`'s
+business.
+"""
+
+import re
+from contextlib import suppress
+from pathlib import Path
+
+from .api import ConfigError
+
+_DEMO_NAME = "demo"
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_METADATA_PATTERNS = ["*.json", "*.model", "*.jinja", "*.txt"]
+
+
+def resolve_model_folder(model: str, revision: str | None) -> Path:
+    """Return the folder of `demo`, of a local path, or of a hub name: brought up to date, or as cached when offline.
+
+    Raises ConfigError when it is none of these, or when `revision` is given for something without revisions.
+    """
+    folder = _demo_folder() if model == _DEMO_NAME else Path(model).expanduser()
+    if folder.is_dir():
+        if revision is not None:
+            raise ConfigError(f"--revision {revision} is for hub names, and {model} is a local folder; leave it out")
+        return folder
+    if model == _DEMO_NAME:
+        raise ConfigError(
+            f"the demo model is not in this installation ({folder} is missing); install the package again"
+        )
+    if folder.exists():
+        raise ConfigError(f"{model} is a file; --model needs the folder that holds config.json and the weights")
+    if not _HUB_NAME.fullmatch(model):
+        raise ConfigError(f"{model} is no local folder and no hub name such as internlm/internlm2_5-1_8b-chat")
+    return _download(model, revision)
+
+
+def _demo_folder() -> Path:
+    return Path(__file__).parent.parent / "demo" / "model"
+
+
+def _download(name: str, revision: str | None) -> Path:
+    from huggingface_hub import list_repo_files, snapshot_download
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+
+    try:
+        files = list_repo_files(name, revision=revision)
+        weights = "*.safetensors" if any(file.endswith(".safetensors") for file in files) else "*.bin"
+        return Path(snapshot_download(name, revision=revision, allow_patterns=[*_METADATA_PATTERNS, weights]))
+    except GatedRepoError:
+        reason = "its owner wants you to accept terms on its page; then set HF_TOKEN to your access token"
+    except RevisionNotFoundError:
+        reason = f"it has no revision {revision}; check --revision"
+    except RepositoryNotFoundError:
+        reason = "the hub has no such model; check the name, or set HF_TOKEN for a private one"
+    except Exception as error:  # any failure of the network or the disk ends the same way for the user
+        with suppress(Exception):
+            return Path(snapshot_download(name, revision=revision, local_files_only=True))
+        reason = f"the download failed ({_first_line(error)}); check the network, or give a local folder"
+    raise ConfigError(f"{name} is no local folder, and it cannot be had from the hub: {reason}")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or repr(error)).splitlines()[0]
