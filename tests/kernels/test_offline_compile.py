@@ -7,10 +7,9 @@ from offline_compile import SHARED_BYTES_LIMIT, assert_fits, compile_for_all, co
 
 from lmdserve.kernels.rms_norm import _rms_norm_kernel
 
-SIGNATURE = dict.fromkeys(("x", "weight", "out", "rows", "zero"), "*fp32") | dict.fromkeys(
-    ("x_stride", "out_stride", "num_columns", "part_columns", "zero_size"), "i32"
-)
-SIGNATURE["eps"] = "fp32"
+POINTERS = ("x", "weight", "out", "rows", "zero")
+INTEGERS = ("x_stride", "out_stride", "num_columns", "part_columns", "zero_size")
+SIGNATURE = dict.fromkeys(POINTERS, "*fp32") | dict.fromkeys(INTEGERS, "i32") | {"eps": "fp32"}
 CONSTEXPRS = {"HAS_ROWS": False, "HAS_ZERO": False, "BLOCK": 4096, "PART_BLOCK": 4096, "ZERO_BLOCK": 1024}
 
 
