@@ -2,7 +2,7 @@
 
 Owns the life cycle (load, start, drain, death), the readers' streams and the counters of time. Everything but the
 loading runs on the event loop, so that commands (a new request, a closed iterator) act on the scheduler at once; only
-`Runner.run` is elsewhere.
+`Stepper.advance` is elsewhere. While it waits for one step, a runner that can have two in flight computes the next.
 """
 
 import asyncio
@@ -37,6 +37,9 @@ from .model_config import ModelConfig
 from .runner import Runner
 from .scheduler import Progress, Scheduler
 from .sequence import new_sequence
+from .step import Chunk as StepChunk
+from .step import StepRunner
+from .stepper import FinishedStep, Stepper
 from .stream import OutputStream
 
 logger = logging.getLogger(__name__)
@@ -71,7 +74,7 @@ class AsyncEngine:
 
     def __init__(
         self,
-        runner: Runner,
+        runner: StepRunner,
         scheduler: Scheduler,
         pool: BlockPool,
         *,
@@ -81,7 +84,7 @@ class AsyncEngine:
         step_limit_s: float,
     ) -> None:
         self.info = info
-        self._runner = runner
+        self._stepper = Stepper(runner)
         self._scheduler = scheduler
         self._pool = pool
         self._rope_base_for = rope_base_for
@@ -192,7 +195,7 @@ class AsyncEngine:
 
     async def _has_work(self) -> bool:
         """Sleep while there is nothing to do; False when there never will be."""
-        while self._scheduler.num_running + self._scheduler.num_waiting == 0:
+        while not self._is_busy():
             if self._is_draining:
                 return False
             self._is_idle = True
@@ -203,23 +206,30 @@ class AsyncEngine:
             self._beat_s = time.monotonic()
         return True
 
+    def _is_busy(self) -> bool:
+        scheduler = self._scheduler
+        return bool(scheduler.num_running or scheduler.num_waiting or scheduler.num_steps_in_flight)
+
     async def _step(self) -> None:
-        """Compute one step and publish what it brought."""
+        """Launch the next step, wait for the oldest one in flight where that has to be, publish what it brought."""
         chunks = self._scheduler.schedule()
-        if not chunks:
+        if not chunks and not self._scheduler.num_steps_in_flight:
             raise RuntimeError("requests wait and none can be scheduled")
-        work = asyncio.get_running_loop().run_in_executor(self._thread, self._runner.run, chunks)
+        for step in await self._advance(chunks):
+            for progress in self._scheduler.complete(step.chunks, step.results):
+                self._publish(progress)
+            self._steps_total += 1
+            self._beat_s = time.monotonic()
+
+    async def _advance(self, chunks: list[StepChunk]) -> list[FinishedStep]:
+        work = asyncio.get_running_loop().run_in_executor(self._thread, self._stepper.advance, chunks)
         try:
             async with asyncio.timeout(self._step_limit_s):
-                results = await work
+                return await work
         except TimeoutError:
             raise EngineDeadError(
-                f"a step of {len(chunks)} sequences has not come back for {self._step_limit_s:g} s; restart the server"
+                f"a step has not come back for {self._step_limit_s:g} s; restart the server"
             ) from None
-        for progress in self._scheduler.complete(chunks, results):
-            self._publish(progress)
-        self._steps_total += 1
-        self._beat_s = time.monotonic()
 
     def _publish(self, progress: Progress) -> None:
         uid = progress.sequence.uid

@@ -1,25 +1,21 @@
-"""Runs one step on the engine thread: chunks -> tensors -> forward pass -> sampled tokens.
+"""Runs steps with plain torch: chunks -> tensors -> forward pass -> sampled tokens, one step at a time.
 
 Owns the model, the KV cache and the only code that turns block tables into slots. It reads sequences, which the event
-loop leaves alone while a step runs, and changes nothing of them but the sampler's own state. Whether a failing step is
-one request's fault or everybody's is found out here, too.
+loop leaves alone while a step is computed, and changes nothing of them but the sampler's own state.
 """
 
-import logging
 from array import array
 from collections.abc import Sequence as SequenceOf
 from typing import Protocol
 
 import torch
 
-from .api import EngineDeadError, TokenLogprob
+from .api import TokenLogprob
 from .batch import StepBatch
 from .blocks import PAD_BLOCK_ID
 from .kv_cache import KVCache
-from .sampler import Sample, sample, token_logprobs
-from .scheduler import Chunk, ChunkResult
-
-logger = logging.getLogger(__name__)
+from .sampler import Sample, SampleRow, sample_rows, token_logprobs
+from .step import Chunk, ChunkResult
 
 PROBE_ROPE_BASE = 10_000.0  # any base does: the probe's answer is not used
 
@@ -32,7 +28,10 @@ class Model(Protocol):
 
 
 class Runner:
-    """One model on one device. `run` is called on the engine thread, one step at a time."""
+    """One model on one device: the StepRunner of `step.py` that has computed a step when `launch` returns."""
+
+    max_in_flight = 1
+    device_busy_s = device_idle_s = 0.0  # not measured
 
     def __init__(self, model: Model, kv_cache: KVCache, *, block_size: int, device: torch.device) -> None:
         self._model = model
@@ -40,53 +39,35 @@ class Runner:
         self._block_size = block_size
         self._device = device
 
-    def run(self, chunks: SequenceOf[Chunk]) -> list[ChunkResult]:
-        """Compute a step and return one result a chunk, in order. Raises EngineDeadError when nothing works any more.
-
-        A step that raises is repeated one sequence at a time (K and V go where they went before), so that only those
-        fail that make it raise.
-        """
-        try:
-            return self._compute(chunks)
-        except Exception:
-            logger.exception("a step of %d sequences failed; each is tried alone", len(chunks))
-        results = [self._compute_alone(chunk) for chunk in chunks]
-        if all(result.failure is not None for result in results):
-            self._probe()
-        return results
-
-    def _compute_alone(self, chunk: Chunk) -> ChunkResult:
-        try:
-            return self._compute([chunk])[0]
-        except Exception as error:
-            return ChunkResult(failure=f"computing this request failed with {type(error).__name__}: {error}")
-
     @torch.inference_mode()
-    def _compute(self, chunks: SequenceOf[Chunk]) -> list[ChunkResult]:
+    def launch(self, chunks: SequenceOf[Chunk]) -> list[ChunkResult]:
+        """Compute a step. Raises whatever the model raises; a step may be computed again, as its K and V go where they
+        went before.
+        """
         logits = self._model.forward(build_batch(chunks, self._block_size, self._device), self._kv_cache)
         return _read_logits(chunks, logits)
 
+    def collect(self, step: list[ChunkResult]) -> list[ChunkResult]:
+        """Return one result a chunk of the step that `launch` has computed."""
+        return step
+
     @torch.inference_mode()
-    def _probe(self) -> None:
-        """Compute one token in the pad block, to tell failing requests from a failing device."""
-        try:
-            self._model.forward(_probe_batch(self._block_size, self._device), self._kv_cache).sum().item()
-        except Exception as error:
-            raise EngineDeadError(
-                f"the model cannot compute any more ({type(error).__name__}: {error}); restart the server"
-            ) from error
+    def probe(self) -> None:
+        """Compute one token in the pad block; raise what the device raises when it cannot compute any more."""
+        self._model.forward(_probe_batch(self._block_size, self._device), self._kv_cache).sum().item()
 
 
 def build_batch(chunks: SequenceOf[Chunk], block_size: int, device: torch.device) -> StepBatch:
     """Lay the chunks end to end. All numbers travel to the device in one copy."""
     token_ids, positions, slot_ids, logit_rows, tables = (array("q") for _ in range(5))
-    context_lens = tuple(chunk.sequence.num_computed_tokens + chunk.num_new_tokens for chunk in chunks)
+    context_lens = tuple(chunk.end for chunk in chunks)
     table_width = -(-max(context_lens) // block_size)
     for chunk, end in zip(chunks, context_lens, strict=True):
         sequence = chunk.sequence
-        start = sequence.num_computed_tokens
+        start = chunk.start
         logit_rows.extend(len(token_ids) + offset for offset in _logit_offsets(chunk))
-        token_ids += sequence.token_ids[start:end]
+        token_ids += sequence.token_ids[start : end - len(chunk.draft_token_ids)]
+        token_ids.extend(chunk.draft_token_ids)
         positions.extend(range(start, end))
         slot_ids.extend(_slots(sequence.block_ids, start, end, block_size))
         table = sequence.block_ids[:table_width]
@@ -118,20 +99,10 @@ def _slots(block_ids: "array[int]", start: int, end: int, block_size: int) -> "a
     return slots
 
 
-def _num_prompt_logprobs(chunk: Chunk) -> int:
-    """Return how many of the chunk's first rows predict a prompt token whose logprob is wanted."""
-    sequence = chunk.sequence
-    if not sequence.wants_prompt_logprobs:
-        return 0
-    return min(chunk.num_new_tokens, sequence.num_prompt_tokens - 1 - sequence.num_computed_tokens)
-
-
 def _logit_offsets(chunk: Chunk) -> list[int]:
-    """Return which of the chunk's rows need logits: prompt logprobs first, the row to sample from last."""
-    offsets = list(range(_num_prompt_logprobs(chunk)))
-    if chunk.is_sampled:
-        offsets.append(chunk.num_new_tokens - 1)
-    return offsets
+    """Return which of the chunk's rows need logits: prompt logprobs first, the rows to sample from last."""
+    first_sampled = chunk.num_new_tokens - chunk.num_sampled_rows
+    return [*range(chunk.num_prompt_logprobs), *range(first_sampled, chunk.num_new_tokens)]
 
 
 def _probe_batch(block_size: int, device: torch.device) -> StepBatch:
@@ -152,35 +123,47 @@ def _probe_batch(block_size: int, device: torch.device) -> StepBatch:
 
 def _read_logits(chunks: SequenceOf[Chunk], logits: torch.Tensor) -> list[ChunkResult]:
     """Turn logits, rows as `_logit_offsets` asked for, into one result a chunk."""
-    sampled_rows = []
+    sampled_rows: list[int] = []
     prompt_logprobs = []
     row = 0
     for chunk in chunks:
-        num_prompt_rows = _num_prompt_logprobs(chunk)
+        num_prompt_rows, num_sampled_rows = chunk.num_prompt_logprobs, chunk.num_sampled_rows
         prompt_logprobs.append(_prompt_logprobs(chunk, logits[row : row + num_prompt_rows]) if num_prompt_rows else ())
         row += num_prompt_rows
-        if chunk.is_sampled:
-            sampled_rows.append(row)
-            row += 1
+        sampled_rows.extend(range(row, row + num_sampled_rows))
+        row += num_sampled_rows
     if len(sampled_rows) < row:
         logits = logits[torch.tensor(sampled_rows, dtype=torch.int64, device=logits.device)]
-    samples = iter(sample(logits, [chunk.sequence for chunk in chunks if chunk.is_sampled]))
+    samples = iter(sample_rows(logits, [row for chunk in chunks for row in _sample_rows(chunk)]))
     return [
-        _result(next(samples) if chunk.is_sampled else None, logprobs)
+        chunk_result(chunk, [next(samples) for _ in range(chunk.num_sampled_rows)], logprobs)
         for chunk, logprobs in zip(chunks, prompt_logprobs, strict=True)
     ]
 
 
+def _sample_rows(chunk: Chunk) -> list[SampleRow]:
+    first = chunk.output_position
+    return [SampleRow(chunk.sequence, first + row) for row in range(chunk.num_sampled_rows)]
+
+
 def _prompt_logprobs(chunk: Chunk, logits: torch.Tensor) -> tuple[TokenLogprob, ...]:
     """Row i predicts the token after it."""
-    first = chunk.sequence.num_computed_tokens + 1
+    first = chunk.start + 1
     targets = chunk.sequence.token_ids[first : first + len(logits)]
     return tuple(token_logprobs(logits, targets, chunk.sequence.num_prompt_logprobs or 0))
 
 
-def _result(chosen: Sample | None, prompt_logprobs: tuple[TokenLogprob, ...]) -> ChunkResult:
-    if chosen is None:
-        return ChunkResult(prompt_logprobs=prompt_logprobs)
-    if chosen.failure is not None:
-        return ChunkResult(failure=chosen.failure)
-    return ChunkResult(chosen.token_id, chosen.logprob, prompt_logprobs)
+def chunk_result(chunk: Chunk, samples: list[Sample], prompt_logprobs: tuple[TokenLogprob, ...]) -> ChunkResult:
+    """Return a chunk's result; of its samples those up to the first that is not the draft after it are kept.
+
+    The rows behind that one had a wrong past.
+    """
+    kept: list[Sample] = []
+    for sample, draft in zip(samples, (*chunk.draft_token_ids, None), strict=False):
+        if sample.failure is not None:
+            return ChunkResult(failure=sample.failure)
+        kept.append(sample)
+        if sample.token_id != draft:
+            break
+    logprobs = tuple(sample.logprob for sample in kept if sample.logprob is not None)
+    return ChunkResult(tuple(sample.token_id for sample in kept), logprobs, prompt_logprobs)

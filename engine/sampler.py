@@ -23,6 +23,23 @@ _SMALLEST_TEMPERATURE = torch.finfo(torch.float32).tiny  # below it a division c
 NUCLEUS_HEAD = 256
 
 
+class SampleRow(NamedTuple):
+    """Whose token a row of logits gives, and which token of its output, counted from 0."""
+
+    sequence: Sequence
+    output_position: int
+
+    @property
+    def sampling(self) -> SamplingParams:
+        """The request's parameters."""
+        return self.sequence.sampling
+
+    @property
+    def is_stop_banned(self) -> bool:
+        """Whether min_tokens forbids this token to end the sequence."""
+        return self.sequence.is_stop_banned_at(self.output_position)
+
+
 class Sample(NamedTuple):
     """One row's token. `failure` says why there is none."""
 
@@ -47,26 +64,32 @@ def uniform(seed: int, position: int) -> float:
 
 
 def sample(logits: torch.Tensor, sequences: SequenceOf[Sequence]) -> list[Sample]:
-    """Choose the next token of each sequence from its row of `logits`, fp32 [num_sequences, vocab_size].
+    """Choose the next token of each sequence from its row of `logits`, fp32 [num_sequences, vocab_size]."""
+    return sample_rows(logits, [SampleRow(sequence, sequence.num_output_tokens) for sequence in sequences])
 
-    A row without a finite best logit fails alone. Order of operations: see SamplingParams.
+
+def sample_rows(logits: torch.Tensor, rows: SequenceOf[SampleRow]) -> list[Sample]:
+    """Choose a token from each row of `logits`, fp32 [num_rows, vocab_size]; a sequence may have several rows.
+
+    Penalties count the tokens that the sequence has now, which is right for its next token only. A row without a finite
+    best logit fails alone. Order of operations: see SamplingParams.
     """
-    if not sequences:
+    if not rows:
         return []
     peaks = logits.max(dim=-1)
     token_ids, is_valid = peaks.indices, peaks.values.isfinite()
-    rows = [row for row, sequence in enumerate(sequences) if not _is_plain_greedy(sequence)]
-    if rows:
-        row_ids = torch.tensor(rows, device=logits.device)
-        chosen = [sequences[row] for row in rows]
+    indices = [index for index, row in enumerate(rows) if not _is_plain_greedy(row)]
+    if indices:
+        row_ids = torch.tensor(indices, device=logits.device)
+        chosen = [rows[index] for index in indices]
         adjusted = _adjusted(logits, row_ids, chosen)
         token_ids[row_ids], has_choice = _choose(adjusted, chosen)
         is_valid[row_ids] &= has_choice
-    logprobs = _sampled_logprobs(logits, token_ids, sequences)
+    logprobs = _sampled_logprobs(logits, token_ids, rows)
     ids, valid = torch.stack((token_ids, is_valid.long())).tolist()
     return [
-        Sample(token_id, logprobs.get(row), None if ok else _failure(logits[row]))
-        for row, (token_id, ok) in enumerate(zip(ids, valid, strict=True))
+        Sample(token_id, logprobs.get(index), None if ok else _failure(logits[index]))
+        for index, (token_id, ok) in enumerate(zip(ids, valid, strict=True))
     ]
 
 
@@ -85,13 +108,13 @@ def _split_mix(state: int) -> int:
     return mixed ^ (mixed >> 31)
 
 
-def _is_plain_greedy(sequence: Sequence) -> bool:
-    sampling = sequence.sampling
+def _is_plain_greedy(row: SampleRow) -> bool:
+    sampling = row.sampling
     return (
         sampling.temperature == 0.0
         and not sampling.logit_bias
         and not _has_penalties(sampling)
-        and not sequence.is_stop_banned
+        and not row.is_stop_banned
     )
 
 
@@ -108,12 +131,12 @@ def _failure(logits: torch.Tensor) -> str:
     return "logit_bias or min_tokens leaves no token to choose; allow at least one"
 
 
-def _adjusted(logits: torch.Tensor, row_ids: torch.Tensor, sequences: SequenceOf[Sequence]) -> torch.Tensor:
+def _adjusted(logits: torch.Tensor, row_ids: torch.Tensor, rows: SequenceOf[SampleRow]) -> torch.Tensor:
     """Return a copy of these rows with logit_bias, penalties and the ban of stop tokens applied."""
     adjusted = logits[row_ids]
-    _add_logit_bias(adjusted, [sequence.sampling.logit_bias for sequence in sequences])
-    _apply_penalties(adjusted, sequences)
-    _ban_stop_tokens(adjusted, sequences)
+    _add_logit_bias(adjusted, [row.sampling.logit_bias for row in rows])
+    _apply_penalties(adjusted, [row.sequence for row in rows])
+    _ban_stop_tokens(adjusted, rows)
     return adjusted
 
 
@@ -125,12 +148,12 @@ def _add_logit_bias(logits: torch.Tensor, biases: SequenceOf[Mapping[int, float]
         logits[where[0], where[1]] += torch.tensor(values, dtype=logits.dtype, device=logits.device)
 
 
-def _ban_stop_tokens(logits: torch.Tensor, sequences: SequenceOf[Sequence]) -> None:
+def _ban_stop_tokens(logits: torch.Tensor, rows: SequenceOf[SampleRow]) -> None:
     entries = [
-        (row, token_id)
-        for row, sequence in enumerate(sequences)
-        if sequence.is_stop_banned
-        for token_id in sequence.stop_token_ids
+        (index, token_id)
+        for index, row in enumerate(rows)
+        if row.is_stop_banned
+        for token_id in row.sequence.stop_token_ids
     ]
     if entries:
         where = torch.tensor(entries, device=logits.device)
@@ -175,28 +198,28 @@ def _penalty_state(sequence: Sequence, like: torch.Tensor) -> PenaltyState:
     return state
 
 
-def _choose(logits: torch.Tensor, sequences: SequenceOf[Sequence]) -> tuple[torch.Tensor, torch.Tensor]:
+def _choose(logits: torch.Tensor, rows: SequenceOf[SampleRow]) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the token of each adjusted row, int64 [num_rows], and whether there was one to choose, bool [num_rows]."""
     peaks = logits.max(dim=-1)
     token_ids = peaks.indices
-    rows = [row for row, sequence in enumerate(sequences) if sequence.sampling.temperature > 0.0]
-    if len(rows) == len(sequences):
-        token_ids = _draw(logits, peaks.values, sequences)
-    elif rows:
-        row_ids = torch.tensor(rows, device=logits.device)
-        token_ids[row_ids] = _draw(logits[row_ids], peaks.values[row_ids], [sequences[row] for row in rows])
+    indices = [index for index, row in enumerate(rows) if row.sampling.temperature > 0.0]
+    if len(indices) == len(rows):
+        token_ids = _draw(logits, peaks.values, rows)
+    elif indices:
+        row_ids = torch.tensor(indices, device=logits.device)
+        token_ids[row_ids] = _draw(logits[row_ids], peaks.values[row_ids], [rows[index] for index in indices])
     return token_ids, peaks.values.isfinite()
 
 
-def _draw(logits: torch.Tensor, peaks: torch.Tensor, sequences: SequenceOf[Sequence]) -> torch.Tensor:
+def _draw(logits: torch.Tensor, peaks: torch.Tensor, rows: SequenceOf[SampleRow]) -> torch.Tensor:
     """Draw one token a row: the smallest id whose cumulative weight (fp64) exceeds u times the row's total."""
-    samplings = [sequence.sampling for sequence in sequences]
+    samplings = [row.sampling for row in rows]
     temperature = _column([max(sampling.temperature, _SMALLEST_TEMPERATURE) for sampling in samplings], logits)
     weights = (logits - peaks[:, None]).div_(temperature).exp_()  # [num_rows, vocab_size], the best is exactly 1
     if any(sampling.top_k or sampling.top_p < 1.0 or sampling.min_p for sampling in samplings):
         weights.masked_fill_(weights < _thresholds(weights, samplings), 0.0)
     cumulative = weights.cumsum(dim=-1, dtype=torch.float64)
-    u = _column([uniform(s.seed, s.num_output_tokens) for s in sequences], logits, dtype=torch.float64)
+    u = _column([uniform(row.sequence.seed, row.output_position) for row in rows], logits, dtype=torch.float64)
     token_ids = torch.searchsorted(cumulative, u * cumulative[:, -1:], right=True).squeeze(-1)
     return token_ids.clamp_(max=logits.shape[-1] - 1)  # only a row of NaN comes that far, and it fails anyway
 
@@ -251,10 +274,10 @@ def _mass_thresholds(weights: torch.Tensor, head: torch.Tensor, wanted: torch.Te
 
 
 def _sampled_logprobs(
-    logits: torch.Tensor, token_ids: torch.Tensor, sequences: SequenceOf[Sequence]
+    logits: torch.Tensor, token_ids: torch.Tensor, rows: SequenceOf[SampleRow]
 ) -> dict[int, TokenLogprob]:
     """Return row -> logprob for the rows whose request asked for one."""
-    asked = {row: n for row, s in enumerate(sequences) if (n := s.sampling.num_logprobs) is not None}
+    asked = {index: n for index, row in enumerate(rows) if (n := row.sampling.num_logprobs) is not None}
     if not asked:
         return {}
     row_ids = torch.tensor(list(asked), device=logits.device)

@@ -42,12 +42,19 @@ class Sequence:
     seed: int
     rope_base: float  # fixed by the prompt's length, so that preemption does not change it
     num_prompt_logprobs: int | None
+    is_deterministic: bool = False  # its tokens may not depend on what else is computed beside them
 
     status: SequenceStatus = SequenceStatus.WAITING
     finish_reason: FinishReason | None = None
     block_ids: "array[int]" = field(default_factory=lambda: array("q"))
     block_hashes: list[bytes] = field(default_factory=list)  # of the full blocks of token_ids, as far as needed so far
-    num_computed_tokens: int = 0  # tokens whose K and V are in the blocks
+    num_computed_tokens: int = 0  # tokens whose K and V are in the blocks, as far as finished steps go
+    num_launched_tokens: int = 0  # as num_computed_tokens, once the steps in flight are over
+    num_steps_in_flight: int = (
+        0  # launched steps with a chunk of it; until they are over its blocks and slot stay its own
+    )
+    num_samples_in_flight: int = 0  # tokens that those steps add to it at least
+    slot: int = field(init=False, repr=False)  # its row in tables by sequence; set, and its own, while it holds blocks
     num_published_blocks: int = 0
     num_cached_tokens: int | None = None  # prompt tokens the prefix cache spared; None before the first admission
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
@@ -65,18 +72,17 @@ class Sequence:
 
     @property
     def num_pending_tokens(self) -> int:
-        """Known tokens that still have to be computed: 1 when decoding."""
-        return len(self.token_ids) - self.num_computed_tokens
+        """Tokens that no step was launched for, those in flight counted as known: 1 when decoding."""
+        return len(self.token_ids) + self.num_samples_in_flight - self.num_launched_tokens
 
     @property
     def wants_prompt_logprobs(self) -> bool:
         """Whether logprobs of prompt tokens are still to be computed; cached blocks cannot give them."""
         return self.num_prompt_logprobs is not None and len(self.prompt_logprobs) < self.num_prompt_tokens - 1
 
-    @property
-    def is_stop_banned(self) -> bool:
-        """Whether min_tokens forbids the next token to end the sequence."""
-        return self.num_output_tokens < self.sampling.min_tokens and bool(self.stop_token_ids)
+    def is_stop_banned_at(self, output_position: int) -> bool:
+        """Whether min_tokens forbids the output's token at this position, counted from 0, to end the sequence."""
+        return output_position < self.sampling.min_tokens and bool(self.stop_token_ids)
 
 
 def new_sequence(request: Request, *, info: EngineInfo, rope_base_for: Callable[[int], float]) -> Sequence:

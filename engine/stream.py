@@ -34,12 +34,10 @@ class OutputStream:
         if result.failure is not None:
             self.fail(EngineError(result.failure))
             return
-        if result.token_id is not None:
-            self._token_ids.append(result.token_id)
-        if result.logprob is not None:
-            self._logprobs.append(result.logprob)
+        self._token_ids += result.token_ids
+        self._logprobs += result.logprobs
         self._finish_reason = progress.sequence.finish_reason
-        if result.token_id is not None or self.is_ended:
+        if result.token_ids or self.is_ended:
             self._news.set()
 
     def abort(self) -> None:

@@ -89,7 +89,7 @@ async def test_a_request_that_fails_leaves_no_trace_in_the_cache(run_tiny_engine
     """Weights that overflow give not-a-number in K and V; the next owner of those blocks must not see it."""
     prompt = [5] * 20
     async with run_tiny_engine(num_blocks=4, session_len=32) as engine:
-        model = engine._runner._model
+        model = engine._stepper._runner._model
         healthy = model._embedding.clone()
         model._embedding[7] = float("nan")
         with pytest.raises(Exception, match="not finite"):

@@ -40,6 +40,10 @@ def _sequence(
     return sequence
 
 
+def _rows(*sequences: Sequence) -> list[sampler.SampleRow]:
+    return [sampler.SampleRow(sequence, sequence.num_output_tokens) for sequence in sequences]
+
+
 def _logits(num_rows: int = 1, *, seed: int = 0, scale: float = 2.0, vocab_size: int = VOCAB_SIZE) -> torch.Tensor:
     return torch.randn(num_rows, vocab_size, generator=torch.Generator().manual_seed(seed)) * scale
 
@@ -189,7 +193,7 @@ def test_repetition_penalty_is_the_one_of_transformers() -> None:
     prompt, output = [1, 2, 3, 3], [4, 5, 5]
     wanted = RepetitionPenaltyLogitsProcessor(1.8)(torch.tensor([prompt + output]), logits.clone())
     sequence = _sequence(prompt=prompt, output=output, repetition_penalty=1.8)
-    torch.testing.assert_close(sampler._adjusted(logits, torch.tensor([0]), [sequence]), wanted)
+    torch.testing.assert_close(sampler._adjusted(logits, torch.tensor([0]), _rows(sequence)), wanted)
 
 
 def test_presence_and_frequency_penalties_count_output_only() -> None:
@@ -198,7 +202,7 @@ def test_presence_and_frequency_penalties_count_output_only() -> None:
     wanted = logits.clone()
     wanted[0, 2] += -0.5 + 0.25 * 1
     wanted[0, 9] += -0.5 + 0.25 * 3
-    torch.testing.assert_close(sampler._adjusted(logits, torch.tensor([0]), [sequence]), wanted)
+    torch.testing.assert_close(sampler._adjusted(logits, torch.tensor([0]), _rows(sequence)), wanted)
 
 
 def test_bias_comes_before_penalties_and_the_ban_after_both() -> None:
@@ -206,7 +210,7 @@ def test_bias_comes_before_penalties_and_the_ban_after_both() -> None:
     sequence = _sequence(
         prompt=[5], output=[], repetition_penalty=2.0, logit_bias={5: 8.0, EOS: 100.0, 6: -1.0}, min_tokens=1
     )
-    adjusted = sampler._adjusted(logits, torch.tensor([0]), [sequence])[0]
+    adjusted = sampler._adjusted(logits, torch.tensor([0]), _rows(sequence))[0]
     assert (adjusted[5], adjusted[6], adjusted[EOS]) == (4.0, -1.0, -math.inf)
     assert adjusted.isfinite().sum() == VOCAB_SIZE - 1
     assert not logits.any(), "the model's own logits stay as they were: logprobs come from them"
@@ -221,7 +225,7 @@ def test_penalties_follow_the_output_from_step_to_step() -> None:
     for new_tokens in ([], [4], [4, 5], [2], []):
         kept.token_ids.extend(new_tokens)
         fresh = _sequence(prompt=[1, 2, 2], output=kept.token_ids[3:], **sampling)
-        assert torch.equal(sampler._adjusted(logits, row, [kept]), sampler._adjusted(logits, row, [fresh]))
+        assert torch.equal(sampler._adjusted(logits, row, _rows(kept)), sampler._adjusted(logits, row, _rows(fresh)))
 
 
 def test_min_tokens_bans_every_stop_token_until_it_is_reached() -> None:

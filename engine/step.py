@@ -1,0 +1,82 @@
+"""What one step is: the records that travel between the scheduler, the loop and the runner.
+
+A step is a list of chunks, at most one a sequence. The scheduler makes chunks, a runner turns each into a result, the
+scheduler books the results. Steps are computed in the order they are launched in, and a runner may have several in
+flight: a chunk then builds on tokens that nobody has read back from the device yet.
+"""
+
+from collections.abc import Sequence as SequenceOf
+from typing import Any, NamedTuple, Protocol
+
+from .api import TokenLogprob
+from .sequence import Sequence
+
+
+class Chunk(NamedTuple):
+    """The next tokens of one sequence to compute: the places `start` up to `end` of its history.
+
+    The last `draft_token_ids` of them are guesses, the others are known to the host, with one exception: when `start`
+    is the number of tokens that the host knows, the chunk's first token is the one that a step in flight samples for
+    this sequence, and the runner finds it on the device.
+    """
+
+    sequence: Sequence
+    start: int
+    num_new_tokens: int  # drafts included
+    is_sampled: bool  # a token follows: the chunk reaches the end of what is known
+    draft_token_ids: tuple[int, ...] = ()
+
+    @property
+    def end(self) -> int:
+        """How many tokens of the sequence are in the KV cache once the step is over."""
+        return self.start + self.num_new_tokens
+
+    @property
+    def num_sampled_rows(self) -> int:
+        """How many of its last rows are sampled: the last token's and every draft's, or none."""
+        return 1 + len(self.draft_token_ids) if self.is_sampled else 0
+
+    @property
+    def output_position(self) -> int:
+        """Which token of the output, counted from 0, its first sampled row gives; each later row gives the next one."""
+        return self.end - len(self.draft_token_ids) - self.sequence.num_prompt_tokens
+
+    @property
+    def num_prompt_logprobs(self) -> int:
+        """How many of its first rows predict a prompt token whose logprob is wanted."""
+        if not self.sequence.wants_prompt_logprobs:
+            return 0
+        return max(0, min(self.num_new_tokens, self.sequence.num_prompt_tokens - 1 - self.start))
+
+
+class ChunkResult(NamedTuple):
+    """What the runner found for one chunk; `failure` says why the sequence cannot go on.
+
+    `token_ids` is empty unless the chunk is sampled. It holds the drafts that came out as sampled too, then the token
+    sampled after the last of them; `logprobs` is parallel to it where the request asked for them, else empty.
+    """
+
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    failure: str | None = None
+
+
+class StepRunner(Protocol):
+    """A model on a device, as the loop sees it. All methods are called on the engine thread."""
+
+    device_busy_s: float  # in steps, since start; 0 where nobody measures it
+    device_idle_s: float  # between the end of a step and the begin of one that was launched before that end
+
+    @property
+    def max_in_flight(self) -> int:
+        """How many steps may be launched and not collected: 1 computes and waits in turn, 2 keep a device busy."""
+
+    def launch(self, chunks: SequenceOf[Chunk]) -> Any:
+        """Begin a step after those in flight, without waiting for it, and return a handle for `collect`."""
+
+    def collect(self, step: Any) -> list[ChunkResult]:
+        """Wait for the oldest step in flight and return one result a chunk, in order."""
+
+    def probe(self) -> None:
+        """Compute one token that is nobody's; raise what the device raises when it cannot compute any more."""
