@@ -49,11 +49,11 @@ class DenseLinear:
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         self.out_features, self.in_features = weight.shape
         self._multiply = choose_product(weight.dtype, weight.device)
-        self._weight = _reorder(weight) if self._multiply is _multiply_in_onednn else weight
-        self._bias = bias
+        self.weight = _reorder(weight) if self._multiply is _multiply_in_onednn else weight
+        self.bias = bias
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return _with_bias(self._multiply(x, self._weight), self._bias)
+        return _with_bias(self._multiply(x, self.weight), self.bias)
 
 
 class SharedLinear:
@@ -62,10 +62,10 @@ class SharedLinear:
     def __init__(self, weight: torch.Tensor) -> None:
         self.out_features, self.in_features = weight.shape
         self._multiply = choose_product(weight.dtype, weight.device)
-        self._weight = weight
+        self.weight = weight
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return self._multiply(x, self._weight)
+        return self._multiply(x, self.weight)
 
 
 class FourBitLinear:
@@ -79,14 +79,14 @@ class FourBitLinear:
     ) -> None:
         self.out_features, self.in_features = codes.shape[0], codes.shape[1] * 2
         self._multiply = choose_product(scales.dtype, scales.device)
-        self._codes = codes
-        self._zeros = zeros
-        self._scales = scales
-        self._bias = bias
+        self.codes = codes
+        self.zeros = zeros
+        self.scales = scales
+        self.bias = bias
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        weight = reference.w4a16_weight(self._codes, self._zeros, self._scales, x.dtype)
-        return _with_bias(self._multiply(x, weight), self._bias)
+        weight = reference.w4a16_weight(self.codes, self.zeros, self.scales, x.dtype)
+        return _with_bias(self._multiply(x, weight), self.bias)
 
 
 Product = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]

@@ -9,17 +9,20 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from .api import ConfigError
+from .assembly import Assembly, LayerParts, choose_assembly
 from .checkpoint import Checkpoint, resolve_model_folder
 from .formats import TensorSpec, find_format
-from .layers import MLP, Attention, DecoderLayer, RMSNorm
 from .linear import DenseLinear, Linear, SharedLinear
 from .model_config import ModelConfig, QuantizationConfig
 from .models.decoder import Decoder
+
+if TYPE_CHECKING:
+    from .models.fused_decoder import FusedDecoder
 
 __all__ = ["load_model", "resolve_model_folder"]
 
@@ -28,14 +31,16 @@ _IGNORED_NAMES = re.compile(r"(^|\.)rotary_emb\.(inv_freq|cos_cached|sin_cached)
 _NUM_NAMES_SHOWN = 4
 
 
-def load_model(folder: Path, config: ModelConfig, *, dtype: torch.dtype, device: torch.device) -> Decoder:
-    """Read the weights in `folder` into a Decoder that computes in `dtype` on `device`.
+def load_model(
+    folder: Path, config: ModelConfig, *, dtype: torch.dtype, device: torch.device
+) -> "Decoder | FusedDecoder":
+    """Read the weights in `folder` into a decoder that computes in `dtype` on `device`.
 
     Raises ConfigError naming every kind of mismatch: tensors that are missing, that nothing uses, or whose shape
     differs from what config.json implies.
     """
     checkpoint = Checkpoint(folder)
-    pending = _PendingModel(config, dtype, device)
+    pending = _PendingModel(config, dtype, device, choose_assembly(config, dtype, device))
     _check_names(folder, checkpoint.tensor_names(), pending)
     for name, tensor in checkpoint.tensors():
         target = pending.targets.get(name)
@@ -77,13 +82,15 @@ class _PendingLinear:
         quantization: QuantizationConfig | None,
         dtype: torch.dtype,
         device: torch.device,
+        finish: Callable[[Linear], Any],
     ) -> None:
+        self._finish = finish
         self._format = weight_format
         self._quantization = quantization
         self._dtype = dtype
         self._device = device
         self._buffers: dict[str, torch.Tensor] = {}
-        self._built: Linear | None = None
+        self._built: Any = None
         self.targets: dict[str, _Target] = {}
         whole = self._specs(in_features, sum(module.out_features for module in modules), has_bias)
         offset = 0
@@ -94,7 +101,8 @@ class _PendingLinear:
             offset += module.out_features
         self._num_unplaced = len(self.targets)
 
-    def result(self) -> Linear:
+    def result(self) -> Any:
+        """Return what `finish` made of the linear."""
         assert self._built is not None, "all names were checked before the first tensor was read"
         return self._built
 
@@ -123,7 +131,7 @@ class _PendingLinear:
 
     def _build(self) -> None:
         bias = self._buffers.pop("bias", None)
-        self._built = self._format.build_linear(self._buffers, bias, self._quantization, self._dtype)
+        self._built = self._finish(self._format.build_linear(self._buffers, bias, self._quantization, self._dtype))
         self._buffers = {}
 
 
@@ -142,8 +150,9 @@ class _PendingLayer:
 class _PendingModel:
     """The whole model before its tensors are read: `targets` says where each goes, `finish` puts it together."""
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device, assembly: Assembly) -> None:
         self._config = config
+        self._assembly = assembly
         self._dtype = dtype
         self._device = device
         self.targets: dict[str, _Target] = {}
@@ -160,17 +169,13 @@ class _PendingModel:
         tied_head = self._config.tie_word_embeddings and name == f"{self._config.family.names.head}.weight"
         return tied_head or _IGNORED_NAMES.search(name) is not None
 
-    def finish(self) -> Decoder:
+    def finish(self) -> "Decoder | FusedDecoder":
         """Return the model; every target has been filled."""
         layers = [self._finished_layer(index, layer) for index, layer in enumerate(self._layers)]
         head: Linear = SharedLinear(self._embedding) if self._head is None else DenseLinear(self._head, None)
         self._head = None
-        return Decoder(
-            self._config,
-            embedding=self._embedding,
-            layers=layers,
-            final_norm=self._norm(self._final_norm),
-            head=head,
+        return self._assembly.decoder(
+            self._config, embedding=self._embedding, layers=layers, final_norm=self._final_norm, head=head
         )
 
     def _plain(self, name: str, *shape: int) -> torch.Tensor:
@@ -192,13 +197,19 @@ class _PendingModel:
             mlp_norm=self._plain(prefix + names.mlp_norm, hidden),
             q_norm=self._plain(prefix + names.q_norm, config.head_dim) if config.qk_norm else None,
             k_norm=self._plain(prefix + names.k_norm, config.head_dim) if config.qk_norm else None,
-            qkv=self._linear(qkv, hidden, config.qkv_bias),
-            output=self._linear([_Module(prefix + names.output, hidden)], num_q, config.output_bias),
-            gate_up=self._linear(gate_up, hidden, config.mlp_bias),
-            down=self._linear([_Module(prefix + names.down, hidden)], intermediate, config.mlp_bias),
+            qkv=self._linear(qkv, hidden, config.qkv_bias, self._assembly.linear),
+            output=self._linear(
+                [_Module(prefix + names.output, hidden)], num_q, config.output_bias, self._assembly.linear
+            ),
+            gate_up=self._linear(gate_up, hidden, config.mlp_bias, self._assembly.gate_up),
+            down=self._linear(
+                [_Module(prefix + names.down, hidden)], intermediate, config.mlp_bias, self._assembly.linear
+            ),
         )
 
-    def _linear(self, modules: Sequence[_Module], in_features: int, has_bias: bool) -> _PendingLinear:
+    def _linear(
+        self, modules: Sequence[_Module], in_features: int, has_bias: bool, finish: Callable[[Linear], Any]
+    ) -> _PendingLinear:
         quantization = self._quantization_of([module.name for module in modules])
         linear = _PendingLinear(
             modules,
@@ -208,6 +219,7 @@ class _PendingModel:
             quantization=quantization,
             dtype=self._dtype,
             device=self._device,
+            finish=finish,
         )
         self.targets.update(linear.targets)
         return linear
@@ -238,26 +250,18 @@ class _PendingModel:
         parts = torch.tensor_split(grouped, (group, group + 1), axis + 1)
         return torch.cat([part.flatten(axis, axis + 2) for part in parts], axis)
 
-    def _finished_layer(self, index: int, layer: _PendingLayer) -> DecoderLayer:
-        config = self._config
-        return DecoderLayer(
-            attention_norm=self._norm(layer.attention_norm),
-            attention=Attention(
-                layer=index,
-                num_heads=config.num_heads,
-                num_kv_heads=config.num_kv_heads,
-                head_dim=config.head_dim,
-                qkv=layer.qkv.result(),
-                output=layer.output.result(),
-                q_norm=None if layer.q_norm is None else self._norm(layer.q_norm),
-                k_norm=None if layer.k_norm is None else self._norm(layer.k_norm),
-            ),
-            mlp_norm=self._norm(layer.mlp_norm),
-            mlp=MLP(gate_up=layer.gate_up.result(), down=layer.down.result()),
+    def _finished_layer(self, index: int, layer: _PendingLayer) -> LayerParts:
+        return LayerParts(
+            index=index,
+            attention_norm=layer.attention_norm,
+            qkv=layer.qkv.result(),
+            q_norm=layer.q_norm,
+            k_norm=layer.k_norm,
+            output=layer.output.result(),
+            mlp_norm=layer.mlp_norm,
+            gate_up=layer.gate_up.result(),
+            down=layer.down.result(),
         )
-
-    def _norm(self, weight: torch.Tensor) -> RMSNorm:
-        return RMSNorm(weight, self._config.rms_norm_eps)
 
 
 def void(_: object) -> None:

@@ -22,6 +22,13 @@ _SMALLEST_TEMPERATURE = torch.finfo(torch.float32).tiny  # below it a division c
 # 64, 9 ms for a sort; a nucleus of more than 256 tokens is rare.
 NUCLEUS_HEAD = 256
 
+# Why a row gave no token.
+NOT_FINITE = (
+    "the model produced numbers that are not finite (NaN or infinity) for this request; "
+    "its weights or its compute type are at fault: try --dtype bfloat16 or float32"
+)
+NO_CHOICE = "logit_bias or min_tokens leaves no token to choose; allow at least one"
+
 
 class SampleRow(NamedTuple):
     """Whose token a row of logits gives, and which token of its output, counted from 0."""
@@ -123,12 +130,7 @@ def _has_penalties(sampling: SamplingParams) -> bool:
 
 
 def _failure(logits: torch.Tensor) -> str:
-    if not logits.max().isfinite():
-        return (
-            "the model produced numbers that are not finite (NaN or infinity) for this request; "
-            "its weights or its compute type are at fault: try --dtype bfloat16 or float32"
-        )
-    return "logit_bias or min_tokens leaves no token to choose; allow at least one"
+    return NO_CHOICE if logits.max().isfinite() else NOT_FINITE
 
 
 def _adjusted(logits: torch.Tensor, row_ids: torch.Tensor, rows: SequenceOf[SampleRow]) -> torch.Tensor:
