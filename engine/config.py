@@ -3,6 +3,7 @@
 No torch here: `lmdserve --help` is built from this file. `server/options.py` turns the fields into arguments.
 """
 
+import re
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
@@ -12,6 +13,25 @@ ModelFormat = Literal["auto", "hf", "awq", "gptq"]
 QuantPolicy = Literal[0, 4, 8]
 Dtype = Literal["auto", "float16", "bfloat16", "float32"]
 Device = Literal["auto", "cuda", "cpu"]
+
+
+# Suffixes of a number of bytes, longest first, so that GiB is not read as B.
+_BYTE_UNITS = {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40, "kb": 10**3, "mb": 10**6, "gb": 10**9, "b": 1}
+_BYTES_TEXT = re.compile(r"(\d+(?:\.\d+)?)\s*([a-z]*)")
+
+
+class ByteCount(int):
+    """A number of bytes; text such as `20GiB`, `20.5 GB`, `512MiB` or `1000` is read, in either kind of unit."""
+
+    def __new__(cls, value: "int | str") -> "ByteCount":
+        """Raise ValueError, naming the text and the forms there are, when it is no number of bytes."""
+        if not isinstance(value, str):
+            return super().__new__(cls, value)
+        match = _BYTES_TEXT.fullmatch(value.strip().lower())
+        unit = match and _BYTE_UNITS.get(match[2] or "b")
+        if match is None or unit is None:
+            raise ValueError(f"{value!r} is no amount of memory; write 20GiB, 20GB, 512MiB or a number of bytes")
+        return super().__new__(cls, round(float(match[1]) * unit))
 
 
 def option(default: Any, text: str, *, at_least: float | None = None, at_most: float | None = None) -> Any:
@@ -45,15 +65,30 @@ class EngineConfig:
         None, "longest prompt plus answer, tokens; default: the model's context length", at_least=2
     )
     max_batch_size: int = option(64, "most sequences that run at once", at_least=1)
-    max_prefill_token_num: int = option(
-        2048, "most prompt tokens computed in one step; longer prompts take several", at_least=1
+    max_prefill_token_num: int | None = option(
+        None,
+        "most prompt tokens computed in one step; longer prompts take several; default: 8192 on a GPU, 2048 on a CPU",
+        at_least=1,
     )
     max_queue_size: int = option(512, "most requests that wait; one more is refused with 429", at_least=0)
     cache_max_entry_count: float = option(
-        0.8, "share of free memory for the KV cache when below 1, number of KV blocks when above", at_least=0.001
+        0.8,
+        "KV cache: below 1 the share of the memory that weights and buffers leave free, from 1 a number of KV blocks",
+        at_least=0.001,
+    )
+    max_gpu_memory: ByteCount | None = option(
+        None, "most GPU memory that the whole process takes, such as 20GiB; default: all that is free"
     )
     cache_block_seq_len: int = option(64, "tokens in one KV block", at_least=1)
     enable_prefix_caching: bool = option(True, "reuse the KV blocks of equal prompt beginnings")
+    deterministic: bool = option(
+        False, "every answer the same, bit by bit, whatever is computed beside it; slower on a GPU"
+    )
 
     def __post_init__(self) -> None:
         check_bounds(self)
+        if isinstance(self.max_gpu_memory, str):
+            try:
+                object.__setattr__(self, "max_gpu_memory", ByteCount(self.max_gpu_memory))
+            except ValueError as error:
+                raise ConfigError(f"--max-gpu-memory: {error}") from None

@@ -35,6 +35,13 @@ class _MemoryInfo(ctypes.Structure):
     _fields_ = [("total", ctypes.c_ulonglong), ("free", ctypes.c_ulonglong), ("used", ctypes.c_ulonglong)]
 
 
+def find_device(kind: Literal["cuda", "cpu"]) -> MemoryDevice:
+    """Return the device that an engine of this kind runs on; for "cuda" torch has found a GPU."""
+    if kind == "cpu":
+        return this_machine()
+    return find_gpu() or _ask_torch()
+
+
 def find_gpu() -> MemoryDevice | None:
     """Return the first GPU that CUDA_VISIBLE_DEVICES leaves, None when there is none or no driver to ask."""
     wanted = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip()
@@ -93,6 +100,15 @@ def _ask_driver(library: ctypes.CDLL, wanted: str) -> MemoryDevice | None:
     library.nvmlDeviceGetName(handle, name, ctypes.c_uint(_NAME_LENGTH))
     library.nvmlDeviceGetCudaComputeCapability(handle, ctypes.byref(major), ctypes.byref(minor))
     return MemoryDevice("cuda", name.value.decode(), info.total, info.free, (major.value, minor.value))
+
+
+def _ask_torch() -> MemoryDevice:
+    """Ask the way that always works; it creates a context first, so a plan counts that twice."""
+    import torch
+
+    free, total = torch.cuda.mem_get_info()
+    properties = torch.cuda.get_device_properties()
+    return MemoryDevice("cuda", properties.name, total, free, (properties.major, properties.minor))
 
 
 def _read_meminfo() -> dict[str, int]:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from lmdserve.engine import loop, memory
+from lmdserve.engine import loop, memory_device
 from lmdserve.engine.api import ConfigError
 from lmdserve.engine.config import EngineConfig
 from lmdserve.engine.memory import KVCachePlan, plan_kv_cache
@@ -73,7 +73,7 @@ def test_a_session_length_that_is_no_multiple_of_the_block_gets_its_last_block()
 
 
 def test_free_memory_is_a_number_of_this_machine() -> None:
-    available = memory.available_bytes(torch.device("cpu"))
+    available = memory_device.this_machine().free_bytes
     assert 16 * MIB < available < 2**50
 
 
@@ -81,10 +81,10 @@ def test_a_container_limit_counts_page_cache_as_free(tmp_path: Path) -> None:
     (tmp_path / "memory.max").write_text(f"{100 * MIB}\n")
     (tmp_path / "memory.current").write_text(f"{60 * MIB}\n")
     (tmp_path / "memory.stat").write_text(f"anon {40 * MIB}\ninactive_file {20 * MIB}\n")
-    assert memory._container_available_bytes(tmp_path) == 60 * MIB
+    assert memory_device.container_available_bytes(tmp_path) == 60 * MIB
     (tmp_path / "memory.max").write_text("max\n")
-    assert memory._container_available_bytes(tmp_path) is None
-    assert memory._container_available_bytes(tmp_path / "absent") is None
+    assert memory_device.container_available_bytes(tmp_path) is None
+    assert memory_device.container_available_bytes(tmp_path / "absent") is None
 
 
 def _config(folder: Path, **changes: Any) -> EngineConfig:
@@ -146,4 +146,4 @@ def test_a_gpu_asked_for_and_absent_is_refused(tiny_checkpoint: Path) -> None:
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_a_compute_type_asked_for_is_used(tiny_checkpoint: Path, dtype: str) -> None:
     engine = loop.load_engine(_config(tiny_checkpoint, dtype=dtype))
-    assert str(engine._runner._kv_cache.dtype) == f"torch.{dtype}"
+    assert str(engine._stepper._runner._kv_cache.dtype) == f"torch.{dtype}"

@@ -1,0 +1,174 @@
+"""What a model takes in memory, from its config.json alone: weights in every form, KV blocks, and a step's buffers.
+
+Owns the arithmetic, without torch, so that a plan is made in milliseconds and on any machine. The tensors themselves
+belong to the modules named beside each function; tests hold the numbers here equal to what those allocate.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from .config import QuantPolicy
+from .memory_device import MemoryDevice
+from .model_config import ModelConfig, QuantizationConfig
+
+FLOAT_BYTES = 4
+INT_BYTES = 4
+
+# Measured on an H200 with torch 2.11 and CUDA 13: the driver's context, and kernels of torch, cuBLAS and Triton in it.
+CONTEXT_BYTES = 680 * 2**20
+# What torch gives cuBLAS for its own use, per stream that calls it: 32 MiB on sm_90, 8 MiB before.
+CUBLAS_WORKSPACE_BYTES = 32 * 2**20
+# kernels/w4a16_workspace.py
+W4A16_WORKSPACE_BYTES = (64 << 20) + (1 << 14) * INT_BYTES
+
+# Packed 4-bit weights (kernels/w4a16_tiles.py): records of 64 rows x 128 inputs, rows padded to 128.
+_RECORD_ROWS, _RECORD_INPUTS, _ROW_PADDING = 64, 128, 128
+_SCALE_BYTES_PER_KV_ROW = 4  # scale and minimum of a token and head in 16 bits each (engine/kv_cache.py)
+
+
+class ComputeForm(NamedTuple):
+    """How a model computes: bytes of a number, and whether by the fused decoder's kernels (engine/assembly.py)."""
+
+    itemsize: int
+    is_fused: bool
+
+
+class Part(NamedTuple):
+    """Something that takes memory for as long as the process lives."""
+
+    name: str
+    num_bytes: int
+    is_outside_torch: bool = False
+
+
+class LinearShape(NamedTuple):
+    """A linear as the decoder holds it: q, k, v in one, gate and up in one."""
+
+    name: str  # as on disk, for `modules_to_not_convert`
+    in_features: int
+    out_features: int
+    has_bias: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepSizes:
+    """The largest step, as engine/step_buffers.py has it."""
+
+    max_tokens: int
+    max_logit_rows: int
+    num_slots: int
+    max_blocks_per_slot: int
+
+
+def layer_linears(config: ModelConfig) -> list[LinearShape]:
+    """Return the four linears of one layer."""
+    names, hidden, intermediate = config.family.names, config.hidden_size, config.intermediate_size
+    attended = config.num_heads * config.head_dim
+    return [
+        LinearShape(names.qkv[0], hidden, qkv_width(config), config.qkv_bias),
+        LinearShape(names.output, attended, hidden, config.output_bias),
+        LinearShape(names.gate, hidden, 2 * intermediate, config.mlp_bias),
+        LinearShape(names.down, intermediate, hidden, config.mlp_bias),
+    ]
+
+
+def qkv_width(config: ModelConfig) -> int:
+    """Return the outputs of the fused query, key and value projection."""
+    return (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+
+
+def weight_bytes(config: ModelConfig, form: ComputeForm) -> int:
+    """Return what all weights take once they are loaded (engine/loader.py)."""
+    layers = sum(
+        _linear_bytes(linear, _quantization_of(linear, config, layer), form)
+        for layer in range(config.num_layers)
+        for linear in layer_linears(config)
+    )
+    norms = (2 * config.num_layers + 1) * config.hidden_size
+    if config.qk_norm:
+        norms += config.num_layers * 2 * config.head_dim
+    embeddings = config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
+    return layers + (norms + embeddings) * form.itemsize
+
+
+def kv_block_bytes(config: ModelConfig, *, block_size: int, quant_policy: QuantPolicy, itemsize: int) -> int:
+    """Return what one KV block takes in all layers (engine/kv_cache.py)."""
+    row_bytes = config.head_dim * itemsize
+    if quant_policy != 0:
+        row_bytes = config.head_dim * quant_policy // 8 + _SCALE_BYTES_PER_KV_ROW
+    return config.num_layers * 2 * config.num_kv_heads * block_size * row_bytes
+
+
+def largest_unpacked_bytes(config: ModelConfig, form: ComputeForm) -> int:
+    """Return what the largest 4-bit linear takes dequantized; 0 for a model without any."""
+    sizes = [
+        linear.in_features * linear.out_features * form.itemsize
+        for linear in layer_linears(config)
+        if _quantization_of(linear, config, 0) is not None
+    ]
+    return max(sizes, default=0)
+
+
+def _quantization_of(linear: LinearShape, config: ModelConfig, layer: int) -> QuantizationConfig | None:
+    quantization = config.quantization
+    name = f"model.layers.{layer}.{linear.name}"
+    if quantization is None or any(part in name for part in quantization.unquantized_modules):
+        return None
+    return quantization
+
+
+def _linear_bytes(linear: LinearShape, quantization: QuantizationConfig | None, form: ComputeForm) -> int:
+    num_weights = linear.in_features * linear.out_features
+    bias = linear.out_features * form.itemsize if linear.has_bias else 0
+    if quantization is None:
+        return num_weights * form.itemsize + bias
+    group_size = linear.in_features if quantization.group_size == -1 else quantization.group_size
+    if form.is_fused and can_pack(linear, group_size):
+        groups_per_record = _RECORD_INPUTS // min(group_size, _RECORD_INPUTS)
+        words = _RECORD_ROWS * (_RECORD_INPUTS // 8 + groups_per_record)
+        padded_rows = -(-linear.out_features // _ROW_PADDING) * _ROW_PADDING
+        return padded_rows // _RECORD_ROWS * (linear.in_features // _RECORD_INPUTS) * words * INT_BYTES + bias
+    zeros_and_scales = 2 * linear.out_features * (linear.in_features // group_size) * form.itemsize
+    return num_weights // 2 + zeros_and_scales + bias
+
+
+def can_pack(linear: LinearShape, group_size: int) -> bool:
+    """Say whether the fused kernels take a 4-bit weight of this shape (kernels/w4a16_tiles.py)."""
+    fits_records = group_size in (32, 64) or group_size % _RECORD_INPUTS == 0
+    return fits_records and linear.in_features % _RECORD_INPUTS == 0 and linear.out_features % 16 == 0
+
+
+def step_buffer_bytes(config: ModelConfig, sizes: StepSizes, itemsize: int, *, most_summed_rows: int = 64) -> int:
+    """Return what the fused decoder's step buffers and slot tables take (engine/step_buffers.py)."""
+    attended, pairs = config.num_heads * config.head_dim, config.head_dim // 2
+    token_numbers = config.hidden_size + qkv_width(config) + 2 * attended + config.intermediate_size
+    token_bytes = token_numbers * itemsize + (config.hidden_size + 2 * pairs) * FLOAT_BYTES
+    summed = min(sizes.max_tokens, most_summed_rows) * qkv_width(config) * FLOAT_BYTES
+    logit_bytes = config.hidden_size * itemsize + config.vocab_size * FLOAT_BYTES
+    slot_bytes = (sizes.max_blocks_per_slot + pairs + 1) * INT_BYTES
+    return sizes.max_tokens * token_bytes + summed + sizes.max_logit_rows * logit_bytes + sizes.num_slots * slot_bytes
+
+
+def runtime_parts(config: ModelConfig, form: ComputeForm, sizes: StepSizes, device: MemoryDevice) -> list[Part]:
+    """Return what a process takes beside weights and KV cache."""
+    if device.kind == "cpu":
+        return [Part("step buffers", _plain_step_bytes(config, form, sizes))]
+    parts = [Part("CUDA context", CONTEXT_BYTES, is_outside_torch=True), Part("cuBLAS", _cublas_bytes(device))]
+    if not form.is_fused:
+        return [*parts, Part("step buffers", _plain_step_bytes(config, form, sizes))]
+    return [
+        *parts,
+        Part("step buffers", step_buffer_bytes(config, sizes, form.itemsize)),
+        Part("4-bit workspace", W4A16_WORKSPACE_BYTES),
+    ]
+
+
+def _cublas_bytes(device: MemoryDevice) -> int:
+    return CUBLAS_WORKSPACE_BYTES if device.capability >= (9, 0) else CUBLAS_WORKSPACE_BYTES // 4
+
+
+def _plain_step_bytes(config: ModelConfig, form: ComputeForm, sizes: StepSizes) -> int:
+    """Return about what a step of the plain decoder has at its peak: an MLP's products, attention's rows, logits."""
+    numbers = 3 * config.hidden_size + 2 * qkv_width(config) + 3 * config.intermediate_size
+    logits = 3 * sizes.max_logit_rows * config.vocab_size * FLOAT_BYTES
+    return sizes.max_tokens * numbers * form.itemsize + logits + 2 * largest_unpacked_bytes(config, form)
