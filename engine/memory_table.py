@@ -1,17 +1,38 @@
 """A memory plan as text: for `lmdserve plan`, and for the server's log at start."""
 
+import dataclasses
 from collections.abc import Sequence
 
 from .api import ConfigError
-from .memory import MemoryPlan
+from .config import EngineConfig, QuantPolicy
+from .memory import MemoryPlan, plan_memory
+from .memory_device import MemoryDevice, find_device, find_gpu, imagined_gpu
 from .memory_sizes import Part
 from .model_config import ModelConfig
+from .model_folder import resolve_config_folder
 
 _MIB = 2**20
 _GIB = 2**30
 # Lengths that a reader can compare with other engines; the session length stands beside them.
+_POLICIES: tuple[QuantPolicy, ...] = (0, 8, 4)
 _COMMON_LENGTHS = (2048, 4096)
 _COLUMN_GAP = "   "
+
+
+def plan_table(config: EngineConfig, *, gpu_bytes: int | None = None) -> str:
+    """Return what would fit with these options under every KV policy; ConfigError when nothing does.
+
+    `gpu_bytes` asks about an empty GPU of that size, wherever this runs.
+    """
+    model_config = ModelConfig.from_folder(resolve_config_folder(config.model, config.revision))
+    device = _choose_device(config, gpu_bytes)
+    plans, refusals = [], []
+    for quant_policy in _POLICIES:
+        try:
+            plans.append(plan_memory(dataclasses.replace(config, quant_policy=quant_policy), model_config, device))
+        except ConfigError as error:
+            refusals.append(error)
+    return describe_plans(plans, refusals, model_config)
 
 
 def describe_plans(plans: Sequence[MemoryPlan], refusals: Sequence[ConfigError], model_config: ModelConfig) -> str:
@@ -22,12 +43,10 @@ def describe_plans(plans: Sequence[MemoryPlan], refusals: Sequence[ConfigError],
     if not plans:
         raise refusals[0]
     first = plans[0]
-    weights = (
-        "16- or 32-bit weights" if model_config.quantization is None else f"{model_config.quantization.method} weights"
-    )
+    weights = model_config.dtype_name if model_config.quantization is None else model_config.quantization.method
     device = first.device
     lines = [
-        f"{model_config.family.name}, {model_config.num_parameters / 1e9:.1f} billion parameters, {weights}, "
+        f"{model_config.family.name}, {model_config.num_parameters / 1e6:,.0f} million parameters, {weights} weights, "
         f"computed in {first.dtype_name}",
         f"on {device.name}: {_size(device.total_bytes)}, {_size(device.free_bytes)} free"
         + (f", at most {_size(first.limit_bytes)} to be taken" if first.limit_bytes < device.free_bytes else ""),
@@ -38,6 +57,19 @@ def describe_plans(plans: Sequence[MemoryPlan], refusals: Sequence[ConfigError],
         *_aligned(_kv_rows(plans)),
     ]
     return "\n".join([*lines, *(f"no plan: {refusal}" for refusal in refusals)])
+
+
+def _choose_device(config: EngineConfig, gpu_bytes: int | None) -> MemoryDevice:
+    if gpu_bytes is not None:
+        if config.device == "cpu":
+            raise ConfigError("--gpu-memory asks about a GPU and --device is cpu; leave one of them out")
+        return imagined_gpu(gpu_bytes, like=find_gpu())
+    gpu = find_gpu() if config.device != "cpu" else None
+    if gpu is None and config.device == "cuda":
+        raise ConfigError(
+            "--device is cuda and no GPU is here; say how large one to plan for, such as --gpu-memory 24GiB"
+        )
+    return gpu or find_device("cpu")
 
 
 def _part_row(part: Part) -> tuple[str, str]:

@@ -4,7 +4,9 @@ No torch here, so that a plan can be made without it. What the folder holds is `
 business.
 """
 
+import fnmatch
 import re
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from .api import ConfigError
 
 _DEMO_NAME = "demo"
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_WEIGHT_PATTERNS = ("*.safetensors", "*.bin")  # the first kind that a model has
 _METADATA_PATTERNS = ["*.json", "*.model", "*.jinja", "*.txt"]
 
 
@@ -20,6 +23,15 @@ def resolve_model_folder(model: str, revision: str | None) -> Path:
 
     Raises ConfigError when it is none of these, or when `revision` is given for something without revisions.
     """
+    return _resolve(model, revision, _WEIGHT_PATTERNS)
+
+
+def resolve_config_folder(model: str, revision: str | None) -> Path:
+    """Return the same folder for reading config.json; of a hub name no weights are downloaded for it."""
+    return _resolve(model, revision, ())
+
+
+def _resolve(model: str, revision: str | None, weight_patterns: Sequence[str]) -> Path:
     folder = _demo_folder() if model == _DEMO_NAME else Path(model).expanduser()
     if folder.is_dir():
         if revision is not None:
@@ -33,21 +45,21 @@ def resolve_model_folder(model: str, revision: str | None) -> Path:
         raise ConfigError(f"{model} is a file; --model needs the folder that holds config.json and the weights")
     if not _HUB_NAME.fullmatch(model):
         raise ConfigError(f"{model} is no local folder and no hub name such as internlm/internlm2_5-1_8b-chat")
-    return _download(model, revision)
+    return _download(model, revision, weight_patterns)
 
 
 def _demo_folder() -> Path:
     return Path(__file__).parent.parent / "demo" / "model"
 
 
-def _download(name: str, revision: str | None) -> Path:
+def _download(name: str, revision: str | None, weight_patterns: Sequence[str]) -> Path:
     from huggingface_hub import list_repo_files, snapshot_download
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
     try:
         files = list_repo_files(name, revision=revision)
-        weights = "*.safetensors" if any(file.endswith(".safetensors") for file in files) else "*.bin"
-        return Path(snapshot_download(name, revision=revision, allow_patterns=[*_METADATA_PATTERNS, weights]))
+        weights = [pattern for pattern in weight_patterns if fnmatch.filter(files, pattern)][:1]
+        return Path(snapshot_download(name, revision=revision, allow_patterns=[*_METADATA_PATTERNS, *weights]))
     except GatedRepoError:
         reason = "its owner wants you to accept terms on its page; then set HF_TOKEN to your access token"
     except RevisionNotFoundError:

@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 from lmdserve import __version__
 from lmdserve.engine.api import ENGINE_THREAD_PREFIX, ConfigError, Engine
-from lmdserve.engine.config import EngineConfig
+from lmdserve.engine.config import ByteCount, EngineConfig
 from lmdserve.engine.torch_setup import prepare_torch
 
 from .config import ServerConfig
-from .options import OptionParser, add_options, read_options, suggestion
+from .options import OptionParser, add_options, read_options, reader, suggestion
 
 if TYPE_CHECKING:
     from lmdserve.clients.options import ReplOptions
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 OVERVIEW = """\
 usage: lmdserve [serve] [--model M] [options]   serve a model over the OpenAI API (the default)
        lmdserve chat [M] [options]              talk to a model in this terminal, no server needed
+       lmdserve plan [M] [options]              print what fits into memory; loads nothing
        lmdserve bench [URL] [options]           measure a running server
        lmdserve COMMAND --help | --version
 """
@@ -112,6 +113,22 @@ async def _chat(
         return await talk(AsyncClient(url, config.api_keys[0]), options, message)
 
 
+def plan(arguments: Sequence[str]) -> int:
+    """`lmdserve plan M`: the memory plan that a server with these options would make, for every KV policy."""
+    parser = OptionParser(prog="lmdserve plan", usage="lmdserve plan [M] [options]")
+    parser.add_argument(
+        "--gpu-memory",
+        type=reader(ByteCount),
+        metavar="MEMORY",
+        help="plan for an empty GPU of this size, such as 24GiB, in place of the device that is here",
+    )
+    engine_config, _, namespace = _parse(parser, arguments, log_level="ERROR", only=())
+    from lmdserve.engine.memory_table import plan_table
+
+    print(plan_table(engine_config, gpu_bytes=namespace.gpu_memory))
+    return 0
+
+
 def bench(arguments: Sequence[str]) -> int:
     """`lmdserve bench URL`: the load generator of `clients/bench.py`."""
     from lmdserve.clients.bench import add_arguments, run_bench
@@ -121,7 +138,7 @@ def bench(arguments: Sequence[str]) -> int:
     return run_bench(parser.parse_known(arguments))
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"serve": serve, "chat": chat, "bench": bench}
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"serve": serve, "chat": chat, "plan": plan, "bench": bench}
 
 
 def _parse(

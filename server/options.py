@@ -76,7 +76,7 @@ def add_options(
         elif get_origin(kind) is tuple:
             group.add_argument(name, nargs="+", metavar=_metavar(field), default=field.default, help=text)
         else:
-            group.add_argument(name, type=_reader(kind), metavar=_metavar(field), default=field.default, help=text)
+            group.add_argument(name, type=reader(kind), metavar=_metavar(field), default=field.default, help=text)
 
 
 def read_options(config_type: type[Config], namespace: argparse.Namespace) -> Config:
@@ -84,6 +84,20 @@ def read_options(config_type: type[Config], namespace: argparse.Namespace) -> Co
     names = [field.name for field in dataclasses.fields(config_type) if field.name in namespace]  # type: ignore[arg-type]
     values = {name: getattr(namespace, name) for name in names}
     return config_type(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+
+
+def reader(kind: Any) -> Callable[[str], Any]:
+    """Return what reads a value of this kind; a kind of our own explains itself when it cannot."""
+    if kind in (int, float, str):
+        return kind  # type: ignore[no-any-return]
+
+    def read(text: str) -> Any:
+        try:
+            return kind(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return read
 
 
 def _metavar(field: "dataclasses.Field[Any]") -> str:
@@ -101,20 +115,6 @@ def _without_none(hint: Any) -> Any:
     if get_origin(hint) in (Union, types.UnionType):
         return next(kind for kind in get_args(hint) if kind is not type(None))
     return hint
-
-
-def _reader(kind: Any) -> Callable[[str], Any]:
-    """Return what reads a value of this kind; a kind of our own explains itself when it cannot."""
-    if kind in (int, float, str):
-        return kind  # type: ignore[no-any-return]
-
-    def read(text: str) -> Any:
-        try:
-            return kind(text)
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(str(error)) from None
-
-    return read
 
 
 def _one_of(choices: tuple[Any, ...]) -> Callable[[str], Any]:
