@@ -53,6 +53,7 @@ class Request:
     prompt_token_ids: Sequence[int]
     sampling: SamplingParams
     num_prompt_logprobs: int | None = None  # as num_logprobs, for every prompt token but the first
+    deterministic: bool = False  # the same tokens, bit by bit, whatever is computed beside it
 
 
 class TokenLogprob(NamedTuple):

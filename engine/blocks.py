@@ -24,9 +24,12 @@ class PrefixHit(NamedTuple):
     num_unheld: int
 
 
-def root_hash(rope_base: float) -> bytes:
-    """Return the parent of a first block: K depends on the RoPE base, so prefixes of two bases never meet."""
-    return hashlib.blake2b(struct.pack("<d", rope_base), digest_size=HASH_BYTES).digest()
+def root_hash(rope_base: float, *, is_deterministic: bool = False) -> bytes:
+    """Return the parent of a first block; prefixes of two roots never meet.
+
+    K depends on the RoPE base, and the last bits of K and V on whether they were computed deterministically.
+    """
+    return hashlib.blake2b(struct.pack("<d?", rope_base, is_deterministic), digest_size=HASH_BYTES).digest()
 
 
 def chain_hash(parent_hash: bytes, token_ids: "array[int]") -> bytes:

@@ -25,6 +25,7 @@ from .api import (
     EngineError,
     EngineInfo,
     EngineStats,
+    InvalidRequestError,
     QueueFullError,
     Request,
 )
@@ -32,7 +33,9 @@ from .blocks import BlockPool
 from .config import EngineConfig
 from .kv_cache import KVCache
 from .loader import load_model, resolve_model_folder
-from .memory import available_bytes, plan_kv_cache
+from .memory import MemoryPlan, plan_memory
+from .memory_device import find_device
+from .memory_table import describe_plans
 from .model_config import ModelConfig
 from .runner import Runner
 from .scheduler import Progress, Scheduler
@@ -82,6 +85,8 @@ class AsyncEngine:
         rope_base_for: Callable[[int], float],
         max_live_requests: int,
         step_limit_s: float,
+        can_be_deterministic: bool = True,
+        is_always_deterministic: bool = False,
     ) -> None:
         self.info = info
         self._stepper = Stepper(runner)
@@ -90,6 +95,8 @@ class AsyncEngine:
         self._rope_base_for = rope_base_for
         self._max_live_requests = max_live_requests
         self._step_limit_s = step_limit_s
+        self._can_be_deterministic = can_be_deterministic
+        self._is_always_deterministic = is_always_deterministic
         self._streams: dict[str, OutputStream] = {}
         self._finish_rate = FinishRate()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix=ENGINE_THREAD_PREFIX)
@@ -164,7 +171,18 @@ class AsyncEngine:
             raise EngineDrainingError("the engine is shutting down and takes no new requests")
         if self._task is None:
             raise EngineError("the engine has not been started; call start() first")
-        sequence = new_sequence(request, info=self.info, rope_base_for=self._rope_base_for)
+        if request.deterministic and not self._can_be_deterministic:
+            raise InvalidRequestError(
+                "deterministic is not possible with this server's compute type and device; leave it out, or serve "
+                "with --dtype float32 on a CPU, or in 16 bits on a GPU of compute capability 8.0 or more",
+                "deterministic",
+            )
+        sequence = new_sequence(
+            request,
+            info=self.info,
+            rope_base_for=self._rope_base_for,
+            is_deterministic=self._is_always_deterministic,
+        )
         self._check_queue()
         self._scheduler.add(sequence)
         stream = self._streams[request.uid] = OutputStream(sequence)
@@ -263,20 +281,13 @@ def load_engine(config: EngineConfig) -> AsyncEngine:
     device = _resolve_device(config)
     if device.type == "cpu":
         _leave_a_core_to_the_event_loop()
-    dtype = _resolve_dtype(config, model_config, device)
+    plan = plan_memory(config, model_config, find_device("cuda" if device.type == "cuda" else "cpu"))
+    dtype: torch.dtype = getattr(torch, plan.dtype_name)
+    can_be_deterministic = device.type == "cpu" and dtype is torch.float32  # rows are independent there, see linear.py
+    _check_deterministic(config, can_be_deterministic)
+    if config.max_gpu_memory is not None and device.type == "cuda":
+        _limit_gpu_memory(plan, device)
     model = load_model(folder, model_config, dtype=dtype, device=device)
-    bytes_per_block = KVCache.bytes_per_block(
-        model_config, block_size=config.cache_block_seq_len, quant_policy=config.quant_policy, dtype=dtype
-    )
-    plan = plan_kv_cache(
-        num_free_bytes=available_bytes(device),
-        bytes_per_block=bytes_per_block,
-        block_size=config.cache_block_seq_len,
-        cache_max_entry_count=config.cache_max_entry_count,
-        max_batch_size=config.max_batch_size,
-        session_len=config.session_len,
-        context_len=model_config.max_position_embeddings,
-    )
     kv_cache = KVCache(
         model_config,
         num_blocks=plan.num_blocks + 1,  # and the pad block
@@ -287,7 +298,7 @@ def load_engine(config: EngineConfig) -> AsyncEngine:
     )
     logger.info(
         "model %s: device %s, dtype %s, weights %s, session length %d, KV cache of %d blocks of %d tokens "
-        "(quant policy %d, %.0f MiB), prefix cache %s",
+        "(quant policy %d, %.0f MiB), prefix cache %s; memory plan:\n%s",
         folder,
         device,
         str(dtype).removeprefix("torch."),
@@ -296,14 +307,15 @@ def load_engine(config: EngineConfig) -> AsyncEngine:
         plan.num_blocks,
         config.cache_block_seq_len,
         config.quant_policy,
-        plan.num_blocks * bytes_per_block / 2**20,
+        plan.kv_bytes / 2**20,
         "on" if config.enable_prefix_caching else "off",
+        describe_plans([plan], [], model_config),
     )
     pool = BlockPool(num_blocks=plan.num_blocks, block_size=config.cache_block_seq_len)
     scheduler = Scheduler(
         pool,
         max_batch_size=config.max_batch_size,
-        max_prefill_tokens=config.max_prefill_token_num,
+        max_prefill_tokens=plan.max_prefill_tokens,
         enable_prefix_caching=config.enable_prefix_caching,
     )
     info = EngineInfo(
@@ -319,6 +331,8 @@ def load_engine(config: EngineConfig) -> AsyncEngine:
         rope_base_for=model_config.rope_base,
         max_live_requests=config.max_batch_size + config.max_queue_size,
         step_limit_s=STEP_LIMIT_S[device.type],
+        can_be_deterministic=can_be_deterministic,
+        is_always_deterministic=config.deterministic,
     )
 
 
@@ -331,6 +345,14 @@ def _check_options(config: EngineConfig) -> None:
         raise ConfigError(
             f"--cache-max-entry-count is {count:g}; give a share of free memory between 0 and 1, such as 0.8, "
             "or a whole number of KV blocks"
+        )
+
+
+def _check_deterministic(config: EngineConfig, is_possible: bool) -> None:
+    if config.deterministic and not is_possible:
+        raise ConfigError(
+            "--deterministic is not possible with this compute type on this device; use --dtype float32 on a CPU, "
+            "or 16 bits on a GPU of compute capability 8.0 or more"
         )
 
 
@@ -374,7 +396,7 @@ def _leave_a_core_to_the_event_loop() -> None:
         torch.set_num_threads(max(1, min(torch.get_num_threads(), len(os.sched_getaffinity(0)) - 1)))
 
 
-def _resolve_dtype(config: EngineConfig, model_config: ModelConfig, device: torch.device) -> torch.dtype:
-    checkpoint_dtype = model_config.dtype_name if device.type == "cuda" else "float32"
-    dtype: torch.dtype = getattr(torch, checkpoint_dtype if config.dtype == "auto" else config.dtype)
-    return dtype
+def _limit_gpu_memory(plan: MemoryPlan, device: torch.device) -> None:
+    """Make torch refuse to take more than the plan, instead of going past --max-gpu-memory unnoticed."""
+    num_torch_bytes = plan.limit_bytes - plan.context_bytes
+    torch.cuda.set_per_process_memory_fraction(num_torch_bytes / torch.cuda.mem_get_info(device)[1], device)

@@ -341,7 +341,7 @@ class Scheduler:
         block_size = self._pool.block_size
         hashes = sequence.block_hashes
         for index in range(len(hashes), num_blocks):
-            parent_hash = hashes[-1] if hashes else root_hash(sequence.rope_base)
+            parent_hash = hashes[-1] if hashes else _root_hash(sequence)
             hashes.append(chain_hash(parent_hash, sequence.token_ids[index * block_size : (index + 1) * block_size]))
 
     def _advance(self, chunk: Chunk, result: ChunkResult) -> ChunkResult:
@@ -428,3 +428,7 @@ class Scheduler:
         self._free_slots.append(sequence.slot)
         sequence.block_ids = array("q")
         sequence.num_published_blocks = 0
+
+
+def _root_hash(sequence: Sequence) -> bytes:
+    return root_hash(sequence.rope_base, is_deterministic=sequence.is_deterministic)

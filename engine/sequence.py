@@ -85,10 +85,12 @@ class Sequence:
         return output_position < self.sampling.min_tokens and bool(self.stop_token_ids)
 
 
-def new_sequence(request: Request, *, info: EngineInfo, rope_base_for: Callable[[int], float]) -> Sequence:
+def new_sequence(
+    request: Request, *, info: EngineInfo, rope_base_for: Callable[[int], float], is_deterministic: bool = False
+) -> Sequence:
     """Check a request against the model's limits and return its sequence; raise InvalidRequestError otherwise.
 
-    `rope_base_for` gives the RoPE base for a prompt of that many tokens.
+    `rope_base_for` gives the RoPE base for a prompt of that many tokens; `is_deterministic` holds for every request.
     """
     token_ids = _checked_prompt(request, info.vocab_size)
     num_prompt_tokens = len(token_ids)
@@ -107,6 +109,7 @@ def new_sequence(request: Request, *, info: EngineInfo, rope_base_for: Callable[
         seed=secrets.randbits(64) if sampling.seed is None else sampling.seed,
         rope_base=rope_base_for(num_prompt_tokens),
         num_prompt_logprobs=request.num_prompt_logprobs,
+        is_deterministic=is_deterministic or request.deterministic,
     )
 
 

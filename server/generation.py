@@ -51,7 +51,12 @@ class Planner:
         sampling = self._sampling(request, request.token_limit or room, request.num_logprobs, turn_ends)
         plan = ChoicePlan(
             index=0,
-            request=Request(uid=uid, prompt_token_ids=prompt_token_ids, sampling=sampling),
+            request=Request(
+                uid=uid,
+                prompt_token_ids=prompt_token_ids,
+                sampling=sampling,
+                deterministic=bool(request.deterministic),
+            ),
             stops=request.stops,
             tool_format=tool_format,
             ends_after_first_call=request.parallel_tool_calls is False,
@@ -74,6 +79,7 @@ class Planner:
                     prompt_token_ids=prompt_token_ids,
                     sampling=sampling,
                     num_prompt_logprobs=request.logprobs if request.echo else None,
+                    deterministic=bool(request.deterministic),
                 ),
                 stops=request.stops,
                 echo=echo,

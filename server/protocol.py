@@ -94,6 +94,9 @@ class SamplingFields(Struct, frozen=True, kw_only=True):
     ignore_eos: bool | None = None
     min_tokens: Annotated[int, Meta(ge=0, le=2**31 - 1)] | None = None
     min_new_tokens: Annotated[int, Meta(ge=0, le=2**31 - 1, description="LMDeploy's name of min_tokens")] | None = None
+    deterministic: (
+        Annotated[bool, Meta(description="the same answer, bit by bit, whatever is computed beside it")] | None
+    ) = None
     n: Annotated[int, Meta(ge=1, le=128)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None

@@ -4,10 +4,13 @@ The fake's next token is a hash of every token that its KV cache leads to, so th
 block changes the output. Neither is imitated from the code under test.
 """
 
+import copy
 import hashlib
 import json
 import threading
+from array import array
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -26,6 +29,7 @@ from lmdserve.engine.loop import AsyncEngine, load_engine
 from lmdserve.engine.model_config import ModelConfig
 from lmdserve.engine.runner import Runner
 from lmdserve.engine.scheduler import Scheduler
+from lmdserve.engine.step import Chunk, ChunkResult
 
 FAKE_VOCAB_SIZE = 64
 FAKE_EOS = 63
@@ -153,14 +157,55 @@ class FakeModel:
         return torch.stack(rows) if rows else torch.empty(0, FAKE_VOCAB_SIZE)
 
 
+class StreamRunner:
+    """A runner with two steps in flight, as on a GPU: what is launched runs later, in order, on a thread of its own.
+
+    A step sees the host as it was at the launch, and finds each sequence's last token by slot.
+    """
+
+    max_in_flight = 2
+    device_busy_s = device_idle_s = 0.0
+
+    def __init__(self, runner: Runner) -> None:
+        self._runner = runner
+        self._stream = ThreadPoolExecutor(1, thread_name_prefix="fake-device")
+        self._last_token: dict[int, int] = {}
+
+    def launch(self, chunks: Sequence[Chunk]) -> Future[list[ChunkResult]]:
+        return self._stream.submit(self._run, [chunk._replace(sequence=_snapshot(chunk.sequence)) for chunk in chunks])
+
+    def collect(self, step: Future[list[ChunkResult]]) -> list[ChunkResult]:
+        return step.result()
+
+    def probe(self) -> None:
+        self._stream.submit(self._runner.probe).result()
+
+    def _run(self, chunks: list[Chunk]) -> list[ChunkResult]:
+        for chunk in chunks:
+            if chunk.start == chunk.sequence.num_tokens:
+                chunk.sequence.token_ids.append(self._last_token[chunk.sequence.slot])
+        results = self._runner.launch(chunks)
+        for chunk, result in zip(chunks, results, strict=True):
+            if result.token_ids:
+                self._last_token[chunk.sequence.slot] = result.token_ids[-1]
+        return results
+
+
+def _snapshot(sequence: Any) -> Any:
+    snapshot = copy.copy(sequence)
+    snapshot.token_ids = array("q", sequence.token_ids)
+    snapshot.block_ids = array("q", sequence.block_ids)
+    return snapshot
+
+
 @pytest.fixture
 def fake_model() -> FakeModel:
     return FakeModel()
 
 
-@pytest.fixture
-def build_fake_engine(fake_model: FakeModel) -> Callable[..., AsyncEngine]:
-    """Return a function that builds an engine, not yet started, over the fake model."""
+@pytest.fixture(params=[1, 2], ids=["one at a time", "two in flight"])
+def build_fake_engine(fake_model: FakeModel, request: pytest.FixtureRequest) -> Callable[..., AsyncEngine]:
+    """Return a function that builds an engine, not yet started, over the fake model; in both ways of stepping."""
 
     def build(
         *,
@@ -172,6 +217,7 @@ def build_fake_engine(fake_model: FakeModel) -> Callable[..., AsyncEngine]:
         enable_prefix_caching: bool = True,
         session_len: int = 64,
         step_limit_s: float = 30.0,
+        **options: Any,
     ) -> AsyncEngine:
         pool = BlockPool(num_blocks=num_blocks, block_size=block_size)
         scheduler = Scheduler(
@@ -181,14 +227,16 @@ def build_fake_engine(fake_model: FakeModel) -> Callable[..., AsyncEngine]:
             enable_prefix_caching=enable_prefix_caching,
         )
         kv_cache: Any = torch.full((num_blocks + 1, block_size), -1)
+        runner = Runner(fake_model, kv_cache, block_size=block_size, device=torch.device("cpu"))
         return AsyncEngine(
-            Runner(fake_model, kv_cache, block_size=block_size, device=torch.device("cpu")),
+            runner if request.param == 1 else StreamRunner(runner),
             scheduler,
             pool,
             info=EngineInfo(vocab_size=FAKE_VOCAB_SIZE, session_len=session_len, eos_token_ids=frozenset({FAKE_EOS})),
             rope_base_for=lambda num_prompt_tokens: 10000.0,
             max_live_requests=max_batch_size + max_queue_size,
             step_limit_s=step_limit_s,
+            **options,
         )
 
     return build

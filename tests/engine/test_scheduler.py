@@ -6,8 +6,10 @@ the whole prefix, and the last one of each sequence is found by slot, as on a de
 """
 
 import hashlib
+import random
 from array import array
 from collections import deque
+from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from typing import Any, NamedTuple
 
@@ -124,7 +126,8 @@ class Machine:
         return sequence.block_ids[position // self._block_size] * self._block_size + position % self._block_size
 
     def _prefix(self, sequence: Sequence, history: list[int], position: int) -> bytes:
-        return _digest(sequence.rope_base, history[: position + 1])
+        digest = _digest(sequence.rope_base, history[: position + 1])
+        return digest + bytes([sequence.is_deterministic])
 
 
 class Bench:
@@ -180,16 +183,21 @@ class Bench:
 
     def step(self) -> list[Chunk]:
         """Do what the loop does: launch a step if possible, and wait for the oldest when the machine is full."""
-        chunks = self.launch()
+        chunks = self.launch() if len(self.in_flight) < self.depth else []
         has_drafts = any(chunk.draft_token_ids for chunk in chunks)
         if self.in_flight and (not chunks or has_drafts or len(self.in_flight) == self.depth):
             self.land()
         return chunks
 
+    @property
+    def is_busy(self) -> bool:
+        return self.scheduler.num_running + self.scheduler.num_waiting + self.scheduler.num_steps_in_flight > 0
+
     def drain(self, *, max_steps: int = 1000) -> None:
         for _ in range(max_steps):
-            if not self.step() and not self.in_flight:
+            if not self.is_busy:
                 break
+            self.step()
         assert self.scheduler.num_running == self.scheduler.num_waiting == self.scheduler.num_steps_in_flight == 0
         assert self.pool.num_available == self.pool.num_blocks
 
@@ -297,6 +305,15 @@ def test_prefixes_of_two_rope_bases_are_not_shared() -> None:
     bench = Bench()
     for rope_base, num_cached in ((1e4, 0), (2e4, 0), (1e4, 8)):
         sequence = bench.add(range(9), rope_base=rope_base)
+        bench.drain()
+        assert sequence.num_cached_tokens == num_cached
+
+
+def test_blocks_are_shared_among_deterministic_requests_and_among_the_others() -> None:
+    """A deterministic answer must not read K and V whose last bits depended on what was computed beside them."""
+    bench = Bench()
+    for deterministic, num_cached in ((False, 0), (True, 0), (True, 8), (False, 8)):
+        sequence = bench.add(range(9), deterministic=deterministic)
         bench.drain()
         assert sequence.num_cached_tokens == num_cached
 
@@ -457,6 +474,173 @@ def test_a_failure_ends_that_sequence_alone_and_its_blocks_are_not_reused_as_cac
     assert again.num_cached_tokens == 0
 
 
+def _until_idle(bench: Bench) -> list[dict[str, int]]:
+    """Step until nothing is left; return the sizes of each step's chunks, empty where the scheduler had to wait."""
+    sizes = []
+    while bench.is_busy:
+        sizes.append(_sizes(bench.step()))
+    return sizes
+
+
+def test_the_next_step_is_launched_before_the_last_ones_tokens_are_known() -> None:
+    bench = Bench(depth=2, max_prefill_tokens=4)
+    sequence = bench.add(range(6), max_tokens=3)
+    assert [_sizes(bench.launch()), _sizes(bench.launch())] == [{"r1": 4}, {"r1": 2}]
+    bench.land()
+    (chunk,) = bench.launch()
+    assert (chunk.start, chunk.end, sequence.num_tokens) == (6, 7, 6)
+    assert (chunk.is_sampled, chunk.output_position) == (True, 1)
+    bench.land()
+    (chunk,) = bench.launch()
+    assert (chunk.start, sequence.num_tokens) == (7, 7)
+    bench.land()
+    assert bench.launch() == [], "the step in flight brings the last token that is wanted"
+    bench.land()
+    assert sequence.token_ids[6:].tolist() == _expected_output(sequence, range(6))
+    assert sequence.finish_reason is FinishReason.LENGTH
+
+
+def test_a_sequence_that_ends_in_flight_keeps_blocks_and_slot_until_its_last_step_is_over() -> None:
+    bench = Bench(depth=2, max_batch_size=1)
+    prompt = next([n] for n in range(VOCAB_SIZE) if _next_token(1e4, [n]) == EOS)
+    stopped = bench.add(prompt, max_tokens=9, ignore_eos=False)
+    waiting = bench.add([1, 2], max_tokens=2)
+    bench.launch()
+    (wasted,) = bench.launch()
+    assert wasted.sequence is stopped
+    (progress,) = bench.land()
+    assert (progress.sequence, stopped.finish_reason) == (stopped, FinishReason.STOP)
+    assert (bench.scheduler.num_running, bench.pool.num_held) == (0, 1)
+    assert bench.launch() == [], "the only slot is still taken"
+    assert bench.land() == [], "what came after the stop token is nobody's"
+    assert stopped.token_ids.tolist() == [*prompt, EOS]
+    assert bench.pool.num_held == 0
+    bench.drain()
+    assert waiting.token_ids[2:].tolist() == _expected_output(waiting, [1, 2])
+
+
+def test_an_abort_of_a_sequence_in_two_steps_frees_it_with_the_second() -> None:
+    bench = Bench(depth=2)
+    sequence = bench.add(range(6))
+    bench.launch()
+    bench.launch()
+    bench.scheduler.abort(sequence.uid)
+    bench.scheduler.check()
+    assert bench.land() == []
+    assert bench.pool.num_held == 2
+    assert bench.land() == []
+    assert bench.pool.num_held == 0
+
+
+def test_a_failure_drops_what_was_launched_on_top_of_it() -> None:
+    bench = Bench(depth=2)
+    bad, good = bench.add(range(6)), bench.add(range(20, 26))
+    first, _ = bench.launch(), bench.launch()
+    results = bench.machine.collect()
+    results[[chunk.sequence for chunk in first].index(bad)] = ChunkResult(failure="not a number")
+    progress = bench.scheduler.complete(bench.in_flight.popleft(), results)
+    assert {p.sequence: p.result.failure for p in progress} == {bad: "not a number", good: None}
+    assert [p.sequence for p in bench.land()] == [good]
+    bench.drain()
+    assert (bad.status, bad.finish_reason, bad.num_output_tokens) == (SequenceStatus.FINISHED, None, 0)
+    assert good.token_ids[6:].tolist() == _expected_output(good, range(20, 26))
+
+
+def test_before_a_sequence_gives_way_the_steps_in_flight_come_back() -> None:
+    bench = Bench(depth=2, num_blocks=6, block_size=4)
+    sequences = [bench.add([n] * 7, max_tokens=9) for n in range(3)]
+    while bench.is_busy:
+        num_preemptions, num_in_flight = bench.scheduler.preemptions_total, len(bench.in_flight)
+        bench.step()
+        assert num_in_flight == 0 or bench.scheduler.preemptions_total == num_preemptions
+    assert bench.scheduler.preemptions_total > 0
+    for n, sequence in enumerate(sequences):
+        assert sequence.token_ids[7:].tolist() == _expected_output(sequence, [n] * 7)
+
+
+def test_slots_are_the_lowest_that_are_free() -> None:
+    bench = Bench(max_batch_size=4)
+    first, second, third = (bench.add([n], max_tokens=count) for n, count in ((1, 9), (2, 1), (3, 9)))
+    bench.step()
+    assert (first.slot, second.slot, third.slot) == (0, 1, 2)
+    fourth = bench.add([4])
+    bench.step()
+    assert fourth.slot == 1
+    bench.drain()
+
+
+def test_results_are_booked_in_the_order_of_the_steps() -> None:
+    bench = Bench(depth=2)
+    bench.add(range(3))
+    bench.launch()
+    second = bench.launch()
+    with pytest.raises(ValueError, match="in the order"):
+        bench.scheduler.complete(second, bench.machine.collect())
+
+
+class Guesser:
+    """A proposer that knows what comes, and guesses wrong from the place on that `num_right` gives it."""
+
+    def __init__(self, num_right: Callable[[], int], num_drafts: int = 4) -> None:
+        self._num_right = num_right
+        self._num_drafts = num_drafts
+        self.is_on = True
+
+    def wants_to_draft(self, sequences: SequenceOf[Sequence]) -> bool:
+        return self.is_on
+
+    def propose(self, sequence: Sequence) -> tuple[int, ...]:
+        assert sequence.num_samples_in_flight == 0, "a guess continues a token that is known"
+        history = sequence.token_ids.tolist()
+        num_right = self._num_right()
+        for place in range(self._num_drafts):
+            right = _next_token(sequence.rope_base, history)
+            history.append(right if place < num_right else (right + 1) % VOCAB_SIZE)
+        return tuple(history[sequence.num_tokens :])
+
+
+def test_right_guesses_bring_several_tokens_a_step() -> None:
+    bench = Bench(depth=2, proposer=Guesser(lambda: 2), num_draft_tokens=4)
+    sequence = bench.add(range(3), max_tokens=10)
+    assert _until_idle(bench) == [{"r1": 3}, {}, {"r1": 5}, {"r1": 5}, {"r1": 3}]
+    assert sequence.token_ids[3:].tolist() == _expected_output(sequence, range(3))
+    assert sequence.finish_reason is FinishReason.LENGTH
+    assert bench.scheduler.drafted_tokens_total == 4 + 4 + 2
+    assert bench.scheduler.accepted_tokens_total == 2 + 2 + 2
+    assert bench.scheduler.generation_tokens_total == 10
+
+
+def test_a_stop_token_among_right_guesses_ends_the_sequence_there() -> None:
+    bench = Bench(proposer=Guesser(lambda: 4), num_draft_tokens=4, block_size=1)
+    prompt = next([n] for n in range(VOCAB_SIZE) if 3 < len(_expected_until_eos([n]) or ()) < 7)
+    sequence = bench.add(prompt, max_tokens=30, ignore_eos=False)
+    bench.drain()
+    assert sequence.token_ids.tolist() == _expected_until_eos(prompt)
+    assert sequence.finish_reason is FinishReason.STOP
+    again = bench.add([*sequence.token_ids, 1], max_tokens=1)
+    bench.drain()
+    assert again.num_cached_tokens == sequence.num_tokens - 1, "what came after the stop token is not in the cache"
+
+
+def test_without_room_for_guesses_there_are_none_and_nobody_gives_way() -> None:
+    bench = Bench(num_blocks=4, block_size=2, proposer=Guesser(lambda: 0), num_draft_tokens=4)
+    first, second = bench.add([1], max_tokens=4), bench.add([2], max_tokens=4)
+    bench.drain()
+    assert bench.scheduler.preemptions_total == 0
+    for sequence in (first, second):
+        assert sequence.token_ids[1:].tolist() == _expected_output(sequence, sequence.token_ids[:1])
+
+
+def test_no_more_rows_are_sampled_than_the_batch_may_have() -> None:
+    bench = Bench(max_batch_size=6, proposer=Guesser(lambda: 0), num_draft_tokens=4)
+    for n in range(4):
+        bench.add([n], max_tokens=6)
+    bench.step()
+    for _ in range(3):
+        assert sum(chunk.num_sampled_rows for chunk in bench.step()) == 6
+    bench.drain()
+
+
 class RandomUse(RuleBasedStateMachine):
     """Requests come, go and are aborted at any moment; each that is not aborted ends with the very tokens it should."""
 
@@ -466,11 +650,15 @@ class RandomUse(RuleBasedStateMachine):
         max_batch_size=st.integers(1, 5),
         max_prefill_tokens=st.integers(1, 12),
         enable_prefix_caching=st.booleans(),
+        depth=st.integers(1, 2),
+        guesses=st.booleans(),
+        seed=st.integers(0, 2**32),
     )
-    def build(self, **options: Any) -> None:
-        self.bench = Bench(**options)
+    def build(self, guesses: bool, seed: int, **options: Any) -> None:
+        rng = random.Random(seed)
+        self.guesser = Guesser(lambda: rng.randrange(5)) if guesses else None
+        self.bench = Bench(proposer=self.guesser, num_draft_tokens=4, **options)
         self.sequences: dict[str, tuple[Sequence, list[int]]] = {}
-        self.chunks: list[Chunk] | None = None
 
     @rule(
         stem=st.sampled_from([[], [1, 1, 1, 1], [1, 1, 2, 2, 3, 3], [4] * 9]),
@@ -479,6 +667,7 @@ class RandomUse(RuleBasedStateMachine):
         rope_base=st.sampled_from([1e4, 2e4]),
         num_prompt_logprobs=st.sampled_from([None, None, 0]),
         ignore_eos=st.booleans(),
+        deterministic=st.booleans(),
     )
     def add(self, stem: list[int], rest: list[int], **fields: Any) -> None:
         prompt = stem + rest
@@ -495,23 +684,30 @@ class RandomUse(RuleBasedStateMachine):
     def abort(self, data: st.DataObject) -> None:
         self.bench.scheduler.abort(data.draw(st.sampled_from(sorted(self.sequences))))
 
-    @precondition(lambda self: self.chunks is None)
+    @precondition(lambda self: self.guesser is not None)
+    @rule(is_on=st.booleans())
+    def guess(self, is_on: bool) -> None:
+        assert self.guesser is not None
+        self.guesser.is_on = is_on
+
+    @precondition(lambda self: len(self.bench.in_flight) < self.bench.depth and not self.drafts_are_in_flight())
     @rule()
     def launch(self) -> None:
-        self.chunks = self.bench.schedule() or None
+        self.bench.launch()
 
-    @precondition(lambda self: self.chunks is not None)
+    @precondition(lambda self: self.bench.in_flight)
     @rule()
     def land(self) -> None:
-        assert self.chunks is not None
-        self.bench.complete(self.chunks)
-        self.chunks = None
+        self.bench.land()
 
-    @precondition(lambda self: self.chunks is None)
+    @precondition(lambda self: len(self.bench.in_flight) < self.bench.depth and not self.drafts_are_in_flight())
     @rule(count=st.integers(1, 8))
     def steps(self, count: int) -> None:
         for _ in range(count):
             self.bench.step()
+
+    def drafts_are_in_flight(self) -> bool:
+        return any(chunk.draft_token_ids for chunks in self.bench.in_flight for chunk in chunks)
 
     @invariant()
     def everything_adds_up(self) -> None:
@@ -521,8 +717,8 @@ class RandomUse(RuleBasedStateMachine):
     def teardown(self) -> None:
         if not hasattr(self, "bench"):
             return
-        if self.chunks is not None:
-            self.bench.complete(self.chunks)
+        if self.drafts_are_in_flight():
+            self.bench.land()
         self.bench.drain()
         for sequence, prompt in self.sequences.values():
             output = sequence.token_ids[len(prompt) :].tolist()
@@ -537,7 +733,7 @@ class RandomUse(RuleBasedStateMachine):
                 assert [logprob.token_id for logprob in sequence.prompt_logprobs] == prompt[1:]
 
 
-RandomUse.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+RandomUse.TestCase.settings = settings(max_examples=250, stateful_step_count=40, deadline=None)
 TestRandomUse = RandomUse.TestCase
 
 
@@ -545,13 +741,14 @@ TestRandomUse = RandomUse.TestCase
     lengths=st.lists(st.tuples(st.integers(1, 20), st.integers(0, 20)), min_size=1, max_size=12),
     block_size=st.integers(1, 5),
     max_prefill_tokens=st.integers(1, 30),
+    depth=st.integers(1, 2),
 )
 @settings(max_examples=100, deadline=None)
 def test_in_a_pool_just_large_enough_for_one_everything_still_completes(
-    lengths: list[tuple[int, int]], block_size: int, max_prefill_tokens: int
+    lengths: list[tuple[int, int]], block_size: int, max_prefill_tokens: int, depth: int
 ) -> None:
     num_blocks = -(-max(prompt + max(0, output - 1) for prompt, output in lengths) // block_size)
-    bench = Bench(num_blocks=num_blocks, block_size=block_size, max_prefill_tokens=max_prefill_tokens)
+    bench = Bench(num_blocks=num_blocks, block_size=block_size, max_prefill_tokens=max_prefill_tokens, depth=depth)
     sequences = [bench.add([index] * prompt, max_tokens=output) for index, (prompt, output) in enumerate(lengths)]
     bench.drain(max_steps=5000)
     for index, (sequence, (prompt, _)) in enumerate(zip(sequences, lengths, strict=True)):

@@ -92,6 +92,7 @@ async def test_the_engine_gets_the_rendered_prompt_and_every_parameter(
             "stop_token_ids": [9],
             "ignore_eos": True,
             "min_tokens": 2,
+            "deterministic": True,
         },
     )
     (request,) = engine.requests
@@ -111,6 +112,7 @@ async def test_the_engine_gets_the_rendered_prompt_and_every_parameter(
     assert sampling.stop_token_ids == {9}
     assert sampling.ignore_eos
     assert sampling.num_logprobs == 4
+    assert request.deterministic
 
 
 async def test_defaults_come_from_the_model_then_from_openai(client: openai.AsyncOpenAI, engine: FakeEngine) -> None:
@@ -122,6 +124,7 @@ async def test_defaults_come_from_the_model_then_from_openai(client: openai.Asyn
     assert sampling.max_tokens == SESSION_LEN - len(engine.requests[0].prompt_token_ids)
     assert sampling.stop_token_ids == {IM_END}
     assert sampling.num_logprobs is None
+    assert not engine.requests[0].deterministic
 
 
 async def test_temperature_zero_and_top_k_minus_one_are_kept(client: openai.AsyncOpenAI, engine: FakeEngine) -> None:

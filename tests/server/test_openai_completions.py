@@ -63,10 +63,12 @@ async def test_n_choices_of_each_prompt_are_numbered_prompt_by_prompt(
 ) -> None:
     engine.script = repeat_prompt
     fields: dict[str, Any] = {"model": "toy", "prompt": ["a", "b"], "n": 2, "seed": 5}
+    fields["extra_body"] = {"deterministic": True}
     reply = await client.completions.create(**fields)
     assert [choice.text for choice in reply.choices] == ["a?", "a?", "b?", "b?"]
     assert reply.usage.prompt_tokens == 4
     assert [request.sampling.seed for request in engine.requests] == [5, 6, 5, 6]
+    assert all(request.deterministic for request in engine.requests)
     texts = ["", "", "", ""]
     finish_reasons: dict[int, str] = {}
     async for chunk in await client.completions.create(stream=True, **fields):
