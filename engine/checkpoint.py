@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from .api import ConfigError
 from .model_folder import resolve_model_folder
+from .shard_reader import read_to_device, stored_tensors
 
 __all__ = ["Checkpoint", "resolve_model_folder"]
 
@@ -36,8 +37,11 @@ class Checkpoint:
             names.extend(self._open_safetensors(file).keys() if self._is_safetensors else _load_bin(file))
         return names
 
-    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield each tensor once, memory-mapped from its file."""
+    def tensors(self, device: torch.device) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield each tensor once: on a GPU where it is going to be used, else memory-mapped from its file."""
+        if self._is_safetensors and device.type == "cuda":
+            yield from read_to_device([tensor for file in self._files for tensor in stored_tensors(file)], device)
+            return
         for file in self._files:
             if self._is_safetensors:
                 opened = self._open_safetensors(file)

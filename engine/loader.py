@@ -42,7 +42,7 @@ def load_model(
     checkpoint = Checkpoint(folder)
     pending = _PendingModel(config, dtype, device, choose_assembly(config, dtype, device))
     _check_names(folder, checkpoint.tensor_names(), pending)
-    for name, tensor in checkpoint.tensors():
+    for name, tensor in checkpoint.tensors(device):
         target = pending.targets.get(name)
         if target is not None:
             _check_tensor(folder, name, tensor, target)

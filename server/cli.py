@@ -6,18 +6,21 @@ Everything heavy (torch, aiohttp) is imported inside the functions that need it,
 import argparse
 import asyncio
 import dataclasses
+import importlib
 import logging
 import os
 import secrets
 import sys
 import threading
 from collections.abc import Callable, Collection, Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lmdserve import __version__
 from lmdserve.engine.api import ENGINE_THREAD_PREFIX, ConfigError, Engine
 from lmdserve.engine.config import ByteCount, EngineConfig
-from lmdserve.engine.torch_setup import prepare_torch
+from lmdserve.engine.torch_setup import begin_cuda_context, prepare_torch
 
 from .config import ServerConfig
 from .options import OptionParser, add_options, read_options, reader, suggestion
@@ -163,17 +166,31 @@ def _with_keys_from_environment(config: ServerConfig) -> ServerConfig:
 
 
 def _load(engine_config: EngineConfig, server_config: ServerConfig) -> tuple[Engine, "ServedModel"]:
-    """Load weights, tokenizer and chat template; everything that can be wrong with them is a ConfigError."""
-    prepare_torch()
-    from lmdserve.engine.loader import resolve_model_folder
-    from lmdserve.engine.loop import load_engine
+    """Load weights, tokenizer and chat template; everything that can be wrong with them is a ConfigError.
 
-    from .model import load_served_model
+    The text side and the modules of the HTTP side, which do without torch, are loaded on a thread beside the weights.
+    """
+    prepare_torch()
+    if engine_config.device != "cpu":
+        begin_cuda_context()
+    from lmdserve.engine.model_folder import resolve_model_folder
 
     folder = resolve_model_folder(engine_config.model, engine_config.revision)
-    name = server_config.model_name or os.path.basename(engine_config.model.rstrip("/"))
-    model = load_served_model(folder, name=name, chat_template=server_config.chat_template)
-    return load_engine(dataclasses.replace(engine_config, model=str(folder))), model
+    with ThreadPoolExecutor(1) as beside:
+        model = beside.submit(_load_text_side, folder, engine_config.model, server_config)
+        from lmdserve.engine.loop import load_engine
+
+        engine = load_engine(dataclasses.replace(engine_config, model=str(folder)))
+        return engine, model.result()
+
+
+def _load_text_side(folder: Path, model: str, server_config: ServerConfig) -> "ServedModel":
+    from .model import load_served_model
+
+    name = server_config.model_name or os.path.basename(model.rstrip("/"))
+    served = load_served_model(folder, name=name, chat_template=server_config.chat_template)
+    importlib.import_module("lmdserve.server.app")
+    return served
 
 
 def _run(main_task: Coroutine[Any, Any, int]) -> int:

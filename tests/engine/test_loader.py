@@ -84,8 +84,8 @@ def test_every_tensor_is_read_once(
     read: list[str] = []
     original = Checkpoint.tensors
 
-    def spy(self: Checkpoint) -> Any:
-        for name, tensor in original(self):
+    def spy(self: Checkpoint, device: torch.device) -> Any:
+        for name, tensor in original(self, device):
             read.append(name)
             yield name, tensor
 
