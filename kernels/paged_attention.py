@@ -1,0 +1,370 @@
+"""Decoding: one token for each row attends to its paged, possibly quantized context, all in one launch.
+
+A program takes one row, one key-value head with its group of query heads, and one part of the row's context
+(Flash-Decoding, Dao et al. 2023). It rotates its queries, walks its tiles with an online softmax in fp32, and the
+program that finishes a row last adds up the parts. The program of a row's last part also rotates, quantizes and appends
+the new token, which enters attention as it is stored.
+
+How a batch is cut follows from the context lengths on the device alone, so one captured graph serves all lengths: the
+chunk is the sum of all contexts over the number of parts wanted, and each program finds its row by a running sum.
+
+Scales stay outside the inner products. Of a key, code * scale + minimum, the product takes the code; scale and minimum
+enter once per token and head. A value's scale goes into the softmax instead: with z = score + log2(scale), exp2(z -
+max z) weighs the codes directly, stays within a float16's range whatever the scale is, and divided by the scale is the
+token's share of the denominator.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from .attention_codes import (
+    KEY_BIAS_FIRST,
+    KEY_BIAS_SECOND_4,
+    VALUE_BIAS_4,
+    VALUE_BIAS_8,
+    key_operand,
+    multiply,
+    natural_order,
+    query_operand,
+    value_operand,
+)
+from .attention_heads import load_rotated, store_rows, unpack_scales
+from .attention_workspace import AttentionWorkspace
+from .kv_cache import check_sizes, kv_words
+from .launch import is_interpreted, launch_options, release_next_kernel, wait_for_previous_kernel
+
+_QUERY_ROWS = 16  # the least rows of a tensor core's product; query heads of a group fill up to 8 of them
+# Tokens a tile, warps a program and tiles in flight.
+_TILE_TOKENS = {4: 64, 8: 64, 16: 32}
+_NUM_WARPS = {4: 1, 8: 1, 16: 1}
+_NUM_STAGES = {4: 3, 8: 3, 16: 3}
+# The cache's word of a place that is not there: scale one, minimum zero.
+_NEUTRAL_SCALES = tl.constexpr(0x3F80)
+
+
+@triton.jit
+def _find_part(  # type: ignore[no-untyped-def]
+    context_lens,
+    num_rows,
+    num_splits,
+    part,
+    ROWS: tl.constexpr,
+    TILE: tl.constexpr,
+    WINDOW: tl.constexpr,
+    APPENDS: tl.constexpr,
+):
+    """Return the part's row, its context length, the part's first token and end, its number in the row, parts of row.
+
+    A part past the last one has row num_rows.
+    """
+    rows = tl.arange(0, ROWS)
+    lens = tl.load(context_lens + rows, mask=rows < num_rows, other=0)
+    ends = tl.maximum(lens - 1, 0) if APPENDS else lens
+    starts = lens * 0
+    if WINDOW > 0:
+        starts = tl.maximum(lens - WINDOW, 0) // TILE * TILE
+    tiles = tl.cdiv(tl.maximum(ends - starts, 0), TILE)
+    chunk = tl.maximum(tl.cdiv(tl.sum(tiles, axis=0), num_splits), 1)
+    parts = tl.where(rows < num_rows, tl.maximum(tl.cdiv(tiles, chunk), 1), 0)
+    past = tl.cumsum(parts, axis=0)
+    row = tl.sum((past <= part).to(tl.int32), axis=0)
+    is_row = rows == row
+    num_parts = tl.sum(tl.where(is_row, parts, 0), axis=0)
+    number = part - tl.sum(tl.where(is_row, past - parts, 0), axis=0)
+    context_len = tl.sum(tl.where(is_row, lens, 0), axis=0)
+    start = tl.sum(tl.where(is_row, starts, 0), axis=0)
+    end = tl.sum(tl.where(is_row, ends, 0), axis=0)
+    share = tl.cdiv(tl.sum(tl.where(is_row, tiles, 0), axis=0), tl.maximum(num_parts, 1)) * TILE
+    first = start + number * share
+    return tl.where(row < ROWS, row, num_rows), context_len, first, tl.minimum(first + share, end), number, num_parts
+
+
+@triton.jit(do_not_specialize=["num_rows", "num_splits", "num_blocks"])
+def _decode_kernel(  # type: ignore[no-untyped-def]
+    qkv,
+    cosines,
+    sines,
+    data,
+    scales,
+    block_tables,
+    table_rows,
+    context_lens,
+    q_norm,
+    k_norm,
+    out,
+    partial_outputs,
+    partial_weights,
+    counters,
+    num_rows,
+    num_splits,
+    qkv_stride,
+    table_stride,
+    num_blocks,
+    softmax_scale_log2,
+    norm_eps,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BITS: tl.constexpr,
+    WINDOW: tl.constexpr,
+    ROWS: tl.constexpr,
+    TILE: tl.constexpr,
+    QUERY_ROWS: tl.constexpr,
+    APPENDS: tl.constexpr,
+    HAS_NORM: tl.constexpr,
+    ASSEMBLY: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    HALF: tl.constexpr = HEAD_DIM // 2
+    WIDTH: tl.constexpr = HEAD_DIM if BITS == 16 else HEAD_DIM * BITS // 32  # elements of `data` in a row
+    HEADS: tl.constexpr = KV_HEADS * GROUP
+    OPERAND: tl.constexpr = data.dtype.element_ty if BITS == 16 else tl.float16
+    kv_head = tl.program_id(0)
+    part = tl.program_id(1)
+    row, context_len, first, end, number, num_parts = _find_part(
+        context_lens, num_rows, num_splits, part, ROWS, TILE, WINDOW, APPENDS
+    )
+    if row >= num_rows:
+        return
+    table = block_tables + tl.load(table_rows + row).to(tl.int64) * table_stride
+    value_places = num_blocks.to(tl.int64) * (KV_HEADS * BLOCK_SIZE)
+    block = tl.load(table + first // BLOCK_SIZE, mask=first < end, other=0)
+
+    wait_for_previous_kernel(PDL)
+    heads = tl.arange(0, QUERY_ROWS)
+    elements = tl.arange(0, HALF)[None, :]
+    qkv_row = qkv + row.to(tl.int64) * qkv_stride
+    is_head = (heads < GROUP)[:, None]
+    query = qkv_row + (kv_head * GROUP + heads)[:, None] * HEAD_DIM + elements
+    if APPENDS:
+        cosine = tl.load(cosines + row * HALF + elements)
+        sine = tl.load(sines + row * HALF + elements)
+        query_first, query_second = load_rotated(query, is_head, cosine, sine, q_norm, norm_eps, HALF, HAS_NORM)
+    else:
+        query_first = tl.load(query, mask=is_head, other=0.0).to(tl.float32)
+        query_second = tl.load(query + HALF, mask=is_head, other=0.0).to(tl.float32)
+    query_first = (query_first * softmax_scale_log2).to(OPERAND)
+    query_second = (query_second * softmax_scale_log2).to(OPERAND)
+    first_sum = tl.sum(query_first.to(tl.float32), axis=1)
+    second_sum = tl.sum(query_second.to(tl.float32), axis=1)
+    query_sum = first_sum + second_sum
+    operand = query_operand(query_first, query_second, HEAD_DIM, BITS)
+
+    best = tl.full((QUERY_ROWS,), float("-inf"), tl.float32)  # largest z so far
+    denominator = tl.zeros((QUERY_ROWS,), tl.float32)
+    minimums = tl.zeros((QUERY_ROWS,), tl.float32)  # sum of weight * minimum
+    weight_sum = tl.zeros((QUERY_ROWS,), tl.float32)  # sum of the weights as the product saw them, for the bias
+    total = tl.zeros((QUERY_ROWS, HEAD_DIM), tl.float32)
+    if APPENDS:
+        if (number == num_parts - 1) & (context_len > 0):
+            position = context_len - 1
+            own_block = tl.load(table + position // BLOCK_SIZE).to(tl.int64)
+            place = (own_block * KV_HEADS + kv_head) * BLOCK_SIZE + position % BLOCK_SIZE
+            one = tl.full((1, 1), True, tl.int1)
+            key = qkv_row + (HEADS + kv_head) * HEAD_DIM + elements
+            key_first, key_second = load_rotated(key, one, cosine, sine, k_norm, norm_eps, HALF, HAS_NORM)
+            key_first, key_second, key_scale, key_minimum = store_rows(
+                data, scales, place + tl.zeros((1, 1), tl.int64), one, key_first, key_second, HEAD_DIM, BITS
+            )
+            products = query_first.to(tl.float32) * (key_first * key_scale + key_minimum)
+            products += query_second.to(tl.float32) * (key_second * key_scale + key_minimum)
+            value = key + KV_HEADS * HEAD_DIM
+            value_first, value_second, value_scale, value_minimum = store_rows(
+                data,
+                scales,
+                place + value_places + tl.zeros((1, 1), tl.int64),
+                one,
+                tl.load(value).to(tl.float32),
+                tl.load(value + HALF).to(tl.float32),
+                HEAD_DIM,
+                BITS,
+            )
+            inverse = tl.sum(1.0 / value_scale)  # of the only element
+            best = tl.sum(products, axis=1) + tl.sum(tl.math.log2(value_scale))
+            denominator = best * 0.0 + inverse
+            minimums = denominator * tl.sum(value_minimum)
+            total = tl.zeros((QUERY_ROWS, HEAD_DIM), tl.float32) + _value_row(value_first, value_second, HEAD_DIM, BITS)
+
+    tokens = tl.arange(0, TILE)
+    columns = tl.arange(0, WIDTH)[None, :]
+    if BITS == 16:
+        bias = query_sum * 0.0
+    elif BITS == 8:
+        bias = -KEY_BIAS_FIRST * query_sum
+    else:
+        bias = -KEY_BIAS_FIRST * first_sum - KEY_BIAS_SECOND_4 * second_sum
+    for start in tl.range(first, end, TILE):
+        places = (block.to(tl.int64) * KV_HEADS + kv_head) * BLOCK_SIZE + (start % BLOCK_SIZE + tokens)
+        following = start + TILE
+        block = tl.load(table + following // BLOCK_SIZE, mask=following < end, other=0)
+        is_seen = start + tokens < end
+        if WINDOW > 0:
+            is_seen &= start + tokens >= context_len - WINDOW
+        key_data = data + places[:, None] * WIDTH + columns
+        value_data = key_data + value_places * WIDTH
+        start_scores = tl.zeros((QUERY_ROWS, TILE), tl.float32) + bias[:, None]
+        if BITS == 16:
+            keys = tl.load(key_data, mask=is_seen[:, None], other=0.0)
+            values = tl.load(value_data, mask=is_seen[:, None], other=0.0)
+            z = multiply(operand, keys.T, start_scores, ASSEMBLY)
+        else:
+            key_words = tl.load(key_data)
+            value_words = tl.load(value_data)
+            key_scale, key_minimum = unpack_scales(tl.load(scales + places, mask=is_seen, other=_NEUTRAL_SCALES))
+            value_scale, value_minimum = unpack_scales(
+                tl.load(scales + value_places + places, mask=is_seen, other=_NEUTRAL_SCALES)
+            )
+            keys = key_operand(key_words, HEAD_DIM, BITS, ASSEMBLY)
+            scores = multiply(operand, keys.T, start_scores, ASSEMBLY)
+            z = scores * key_scale[None, :] + (query_sum[:, None] * key_minimum[None, :] + tl.math.log2(value_scale))
+        z = tl.where(is_seen[None, :], z, float("-inf"))
+        largest = tl.maximum(best, tl.max(z, axis=1))
+        finite = tl.where(largest == float("-inf"), 0.0, largest)
+        weights = tl.math.exp2(z - finite[:, None])
+        rescale = tl.math.exp2(best - finite)
+        best = largest
+        rounded = weights.to(OPERAND)
+        if BITS == 16:
+            denominator = denominator * rescale + tl.sum(weights, axis=1)
+        else:
+            shares = weights * (1.0 / value_scale)[None, :]
+            denominator = denominator * rescale + tl.sum(shares, axis=1)
+            minimums = minimums * rescale + tl.sum(shares * value_minimum[None, :], axis=1)
+            weight_sum = weight_sum * rescale + tl.sum(rounded.to(tl.float32), axis=1)
+            values = value_operand(value_words, HEAD_DIM, BITS, ASSEMBLY)
+        total = multiply(rounded, values, total * rescale[:, None], ASSEMBLY)
+    release_next_kernel(PDL)
+
+    if BITS != 16:
+        total += (minimums - (VALUE_BIAS_4 if BITS == 4 else VALUE_BIAS_8) * weight_sum)[:, None]
+        total = natural_order(total, HEAD_DIM, BITS)
+    total *= (1.0 / tl.where(context_len > 0, denominator, 1.0))[:, None]  # a padding row's total is zero
+    head = kv_head * GROUP + heads
+    cells = head[:, None] * HEAD_DIM + tl.arange(0, HEAD_DIM)[None, :]
+    target = out + row.to(tl.int64) * (HEADS * HEAD_DIM) + cells
+    if num_parts == 1:
+        tl.store(target, total.to(out.dtype.element_ty), mask=is_head)
+        return
+    mine = part.to(tl.int64) * HEADS
+    tl.store(partial_outputs + mine * HEAD_DIM + cells, total, mask=is_head)
+    tl.store(partial_weights + mine + head, best + tl.math.log2(denominator), mask=heads < GROUP)
+    tl.debug_barrier()  # all threads' parts are written before the counter says so
+    counter = counters + row * KV_HEADS + kv_head
+    if tl.atomic_add(counter, 1, sem="acq_rel") != num_parts - 1:
+        return
+    tl.store(counter, 0)
+    tl.debug_barrier()
+    best = tl.full((QUERY_ROWS,), float("-inf"), tl.float32)
+    denominator = tl.zeros((QUERY_ROWS,), tl.float32)
+    total = tl.zeros((QUERY_ROWS, HEAD_DIM), tl.float32)
+    row_parts = (part - number).to(tl.int64) * HEADS
+    for other in range(num_parts):
+        theirs = row_parts + other * HEADS
+        weight = tl.load(partial_weights + theirs + head, mask=heads < GROUP, other=0.0, cache_modifier=".cg")
+        output = tl.load(partial_outputs + theirs * HEAD_DIM + cells, mask=is_head, other=0.0, cache_modifier=".cg")
+        largest = tl.maximum(best, weight)
+        rescale = tl.math.exp2(best - largest)
+        share = tl.math.exp2(weight - largest)
+        denominator = denominator * rescale + share
+        total = total * rescale[:, None] + output * share[:, None]
+        best = largest
+    tl.store(target, (total / denominator[:, None]).to(out.dtype.element_ty), mask=is_head)
+
+
+@triton.jit
+def _value_row(first, second, HEAD_DIM: tl.constexpr, BITS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Return the row given as halves [1, HEAD_DIM / 2] with columns as products with `value_operand` have them."""
+    halves = tl.join(first, second)
+    if BITS == 4:
+        return halves.reshape(1, 8, HEAD_DIM // 64, 4, 2).permute(0, 2, 3, 4, 1).reshape(1, HEAD_DIM)
+    elif BITS == 8:
+        natural = halves.permute(0, 2, 1).reshape(1, 8, HEAD_DIM // 32, 4)
+        return natural.permute(0, 2, 3, 1).reshape(1, HEAD_DIM)
+    else:
+        return halves.permute(0, 2, 1).reshape(1, HEAD_DIM)
+
+
+def decode_attention(
+    qkv: torch.Tensor,
+    cosines: torch.Tensor,
+    sines: torch.Tensor,
+    kv_data: torch.Tensor,
+    kv_scales: torch.Tensor | None,
+    block_tables: torch.Tensor,
+    table_rows: torch.Tensor,
+    context_lens: torch.Tensor,
+    out: torch.Tensor,
+    workspace: AttentionWorkspace,
+    *,
+    bits: int,
+    softmax_scale: float,
+    num_heads: int,
+    sliding_window: int | None = None,
+    q_norm: torch.Tensor | None = None,
+    k_norm: torch.Tensor | None = None,
+    norm_eps: float = 0.0,
+    appends: bool = True,
+) -> None:
+    """Attend for one token of each row, appending its key and value first; out, 16-bit [R, num_heads * D], is written.
+
+    qkv [R, (num_heads + 2 * num_kv_heads) * D] fp32 or 16-bit, before rotation; cosines and sines fp32 [R, D / 2] of
+    each row's position; kv_data [2, num_blocks, num_kv_heads, block_size, width] and kv_scales [..., 2] or None as
+    `KVCache.layer` gives them; block_tables int32 [num_table_rows, max_blocks]; table_rows int32 [R], which row of
+    them is each row's; context_lens int32 [R], the row's own token included, 0 for a padding row, whose output is zero
+    and which writes nothing. q_norm and k_norm [D]: RMS norm of each head before rotation.
+
+    With appends=False the queries are rotated and normalized already, all keys and values are in the cache, and
+    cosines and sines are not read. block_tables, table_rows and context_lens are read before the kernel launched just
+    before this one has ended; it must not write them. Raises ValueError for sizes the kernel does not have.
+    """
+    _, num_blocks, num_kv_heads, block_size, _ = kv_data.shape
+    num_rows = qkv.shape[0]
+    head_dim = out.shape[1] // num_heads
+    check_sizes(num_heads, num_kv_heads, head_dim, block_size, bits)
+    if qkv.shape[1] != (num_heads + 2 * num_kv_heads) * head_dim or not (qkv.stride(1) == 1 and out.is_contiguous()):
+        raise ValueError(f"decode_attention got qkv {tuple(qkv.shape)} for {num_heads} heads of {head_dim} elements")
+    if num_rows > workspace.max_rows or workspace.num_heads != num_heads or workspace.head_dim != head_dim:
+        raise ValueError(f"the workspace was allocated for {workspace.max_rows} rows of another shape; got {num_rows}")
+    data, scales = kv_words(kv_data, kv_scales)
+    _decode_kernel[(num_kv_heads, num_rows + workspace.num_splits)](
+        qkv,
+        cosines,
+        sines,
+        data,
+        scales,
+        block_tables,
+        table_rows,
+        context_lens,
+        qkv if q_norm is None else q_norm,
+        qkv if k_norm is None else k_norm,
+        out,
+        workspace.partial_outputs,
+        workspace.partial_weights,
+        workspace.counters,
+        num_rows,
+        workspace.num_splits,
+        qkv.stride(0),
+        block_tables.stride(0),
+        num_blocks,
+        softmax_scale * math.log2(math.e),
+        norm_eps,
+        KV_HEADS=num_kv_heads,
+        GROUP=num_heads // num_kv_heads,
+        HEAD_DIM=head_dim,
+        BLOCK_SIZE=block_size,
+        BITS=bits,
+        WINDOW=sliding_window or 0,
+        ROWS=max(16, triton.next_power_of_2(num_rows)),
+        TILE=min(_TILE_TOKENS[bits], block_size),
+        QUERY_ROWS=_QUERY_ROWS,
+        APPENDS=appends,
+        HAS_NORM=q_norm is not None,
+        ASSEMBLY=not is_interpreted(),
+        num_warps=_NUM_WARPS[bits],
+        num_stages=_NUM_STAGES[bits],
+        **launch_options(qkv.device),
+    )

@@ -1,0 +1,272 @@
+"""Causal attention of prompt chunks over their paged, possibly quantized contexts, for sequences of any lengths.
+
+FlashAttention-2 (Dao 2023): a program takes one key-value head and a tile of rows, a few tokens times the query heads
+of the head's group, walks the context's tiles with an online softmax in fp32, and masks only the tiles that need it.
+Programs find their sequence by a running sum over the query lengths, so a batch of unequal chunks wastes nothing.
+
+A row's result has the same bits whatever rows, chunks or sequences share the launch: context tiles start at multiples
+of the tile's width from position 0, a tile that a row does not see changes nothing (its weights are exact zeros, its
+rescaling an exact one), and masked and unmasked tiles run the same operations.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from .attention_codes import multiply
+from .attention_heads import unpack_scales
+from .attention_workspace import AttentionWorkspace
+from .kv_cache import check_sizes, kv_words
+from .launch import is_interpreted, launch_options, release_next_kernel, wait_for_previous_kernel
+
+_TILE_ROWS = 128
+_TILE_CONTEXT = 64
+_NUM_WARPS = 8
+_NUM_STAGES = 2
+
+
+@triton.jit
+def _find_tile(query_starts, context_lens, num_sequences, tile, SEQUENCES: tl.constexpr, TOKENS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Return the tile's sequence, its number there counted from the end, the query's start and length.
+
+    A tile past the last one has sequence num_sequences.
+    """
+    sequences = tl.arange(0, SEQUENCES)
+    is_real = sequences < num_sequences
+    starts = tl.load(query_starts + sequences, mask=is_real, other=0)
+    lens = tl.load(query_starts + 1 + sequences, mask=is_real, other=0) - starts
+    tiles = tl.cdiv(lens, TOKENS)
+    past = tl.cumsum(tiles, axis=0)
+    sequence = tl.minimum(tl.sum((past <= tile).to(tl.int32), axis=0), num_sequences)
+    is_sequence = sequences == sequence
+    number = tl.sum(tl.where(is_sequence, past, 0), axis=0) - 1 - tile
+    start = tl.sum(tl.where(is_sequence, starts, 0), axis=0)
+    return sequence, number, start, tl.sum(tl.where(is_sequence, lens, 0), axis=0)
+
+
+@triton.jit
+def _load_tile(  # type: ignore[no-untyped-def]
+    data,
+    scales,
+    places,
+    is_inside,
+    HEAD_DIM: tl.constexpr,
+    BITS: tl.constexpr,
+    MASKED: tl.constexpr,
+    OPERAND: tl.constexpr,
+):
+    """Load a tile of keys or values [tokens, HEAD_DIM] as OPERAND; tokens that are not inside are zeros."""
+    if BITS == 16:
+        pointers = data + places[:, None] * HEAD_DIM + tl.arange(0, HEAD_DIM)[None, :]
+        if MASKED:
+            return tl.load(pointers, mask=is_inside[:, None], other=0.0)
+        else:
+            return tl.load(pointers)
+    else:
+        TOKENS: tl.constexpr = places.shape[0]
+        WIDTH: tl.constexpr = HEAD_DIM * BITS // 8
+        rows = data.to(tl.pointer_type(tl.uint8)) + places[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+        scale, minimum = unpack_scales(tl.load(scales + places, mask=is_inside, other=0))
+        codes = tl.load(rows)
+        if BITS == 4:
+            halves = tl.join(codes & 0xF, codes >> 4)
+            codes = halves.permute(0, 2, 1).reshape(TOKENS, HEAD_DIM)
+        values = tl.math.fma(
+            codes.to(tl.float32),
+            tl.broadcast_to(scale[:, None], (TOKENS, HEAD_DIM)),
+            tl.broadcast_to(minimum[:, None], (TOKENS, HEAD_DIM)),
+        )
+        return values.to(OPERAND)
+
+
+@triton.jit
+def _attend(  # type: ignore[no-untyped-def]
+    query,
+    largest,
+    denominator,
+    total,
+    data,
+    scales,
+    table,
+    kv_head,
+    value_places,
+    start,
+    position,
+    context_len,
+    scale_log2,
+    KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BITS: tl.constexpr,
+    WINDOW: tl.constexpr,
+    TILE: tl.constexpr,
+    MASKED: tl.constexpr,
+    COMPILED: tl.constexpr,
+):
+    """Take one tile of the context into the rows' softmax state (largest raw score, denominator, total)."""
+    token = start + tl.arange(0, TILE)
+    is_inside = token < context_len
+    if TILE <= BLOCK_SIZE:
+        block = tl.load(table + start // BLOCK_SIZE).to(tl.int64)
+    else:
+        block = tl.load(table + token // BLOCK_SIZE, mask=is_inside, other=0).to(tl.int64)
+    places = (block * KV_HEADS + kv_head) * BLOCK_SIZE + token % BLOCK_SIZE
+    keys = _load_tile(data, scales, places, is_inside, HEAD_DIM, BITS, MASKED, query.dtype)
+    scores = multiply(query, keys.T, tl.zeros((query.shape[0], TILE), tl.float32), COMPILED)
+    if MASKED:
+        is_seen = token[None, :] <= position[:, None]
+        if WINDOW > 0:
+            is_seen &= token[None, :] > position[:, None] - WINDOW
+        scores = tl.where(is_seen, scores, float("-inf"))
+    new_largest = tl.maximum(largest, tl.max(scores, axis=1))
+    shift = tl.where(new_largest == float("-inf"), 0.0, -new_largest * scale_log2)
+    weights = tl.math.exp2(
+        tl.math.fma(scores, scale_log2 + tl.zeros_like(scores), shift[:, None] + tl.zeros_like(scores))
+    )
+    rescale = tl.math.exp2(tl.math.fma(largest, scale_log2 + tl.zeros_like(largest), shift))
+    denominator = tl.math.fma(denominator, rescale, tl.sum(weights, axis=1))
+    values = _load_tile(data, scales, places + value_places, is_inside, HEAD_DIM, BITS, MASKED, query.dtype)
+    total = multiply(weights.to(query.dtype), values, total * rescale[:, None], COMPILED)
+    return new_largest, denominator, total
+
+
+@triton.jit(do_not_specialize=["num_sequences", "num_blocks"])
+def _prefill_kernel(  # type: ignore[no-untyped-def]
+    query,
+    data,
+    scales,
+    block_tables,
+    table_rows,
+    query_starts,
+    context_lens,
+    out,
+    num_sequences,
+    num_blocks,
+    table_stride,
+    scale_log2,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    GROUP_ROWS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BITS: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SEQUENCES: tl.constexpr,
+    ROWS: tl.constexpr,
+    TILE: tl.constexpr,
+    COMPILED: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    TOKENS: tl.constexpr = ROWS // GROUP_ROWS
+    HEADS: tl.constexpr = KV_HEADS * GROUP
+    kv_head = tl.program_id(0)
+    wait_for_previous_kernel(PDL)
+    sequence, number, query_start, query_len = _find_tile(
+        query_starts, context_lens, num_sequences, tl.program_id(1), SEQUENCES, TOKENS
+    )
+    if sequence >= num_sequences:
+        return
+    context_len = tl.load(context_lens + sequence)
+    table = block_tables + tl.load(table_rows + sequence).to(tl.int64) * table_stride
+    value_places = num_blocks.to(tl.int64) * (KV_HEADS * BLOCK_SIZE)
+
+    rows = tl.arange(0, ROWS)
+    token = number * TOKENS + rows // GROUP_ROWS
+    head = rows % GROUP_ROWS
+    is_row = (token < query_len) & (head < GROUP)
+    position = context_len - query_len + token
+    cells = ((query_start + token).to(tl.int64) * HEADS + kv_head * GROUP + head) * HEAD_DIM
+    cells = cells[:, None] + tl.arange(0, HEAD_DIM)[None, :]
+    queries = tl.load(query + cells, mask=is_row[:, None], other=0.0)
+
+    first_position = context_len - query_len + number * TOKENS
+    end = tl.minimum(first_position + TOKENS, context_len)
+    largest = tl.full((ROWS,), float("-inf"), tl.float32)
+    denominator = tl.zeros((ROWS,), tl.float32)
+    total = tl.zeros((ROWS, HEAD_DIM), tl.float32)
+    if WINDOW > 0:
+        masked_start = tl.maximum(first_position - WINDOW + 1, 0) // TILE * TILE
+    else:
+        masked_start = (first_position + 1) // TILE * TILE
+        for start in tl.range(0, masked_start, TILE):
+            largest, denominator, total = _attend(
+                queries, largest, denominator, total, data, scales, table, kv_head, value_places, start, position,
+                context_len, scale_log2, KV_HEADS, HEAD_DIM, BLOCK_SIZE, BITS, WINDOW, TILE, False, COMPILED,
+            )  # fmt: skip
+    for start in tl.range(masked_start, end, TILE):
+        largest, denominator, total = _attend(
+            queries, largest, denominator, total, data, scales, table, kv_head, value_places, start, position,
+            context_len, scale_log2, KV_HEADS, HEAD_DIM, BLOCK_SIZE, BITS, WINDOW, TILE, True, COMPILED,
+        )  # fmt: skip
+    release_next_kernel(PDL)
+    total /= denominator[:, None]
+    tl.store(out + cells, total.to(out.dtype.element_ty), mask=is_row[:, None])
+
+
+def prefill_attention(
+    query: torch.Tensor,
+    kv_data: torch.Tensor,
+    kv_scales: torch.Tensor | None,
+    block_tables: torch.Tensor,
+    table_rows: torch.Tensor,
+    query_starts: torch.Tensor,
+    context_lens: torch.Tensor,
+    out: torch.Tensor,
+    workspace: AttentionWorkspace,
+    *,
+    max_query_len: int,
+    max_context_len: int,
+    bits: int,
+    softmax_scale: float,
+    sliding_window: int | None = None,
+) -> None:
+    """Attend for the last tokens of each sequence, whose keys and values are in the cache; out [T, H * D] is written.
+
+    query 16-bit [T, H, D], rotated; kv_data [2, num_blocks, num_kv_heads, block_size, width] and kv_scales [..., 2] or
+    None as `KVCache.layer` gives them; block_tables int32 [num_table_rows, max_blocks]; table_rows int32 [S];
+    query_starts int32 [S + 1], where each sequence's queries begin, and T; context_lens int32 [S], its queries
+    included; out 16-bit. max_query_len and max_context_len bound what the device's tensors say. Raises ValueError for
+    sizes the kernel does not have.
+    """
+    _, num_blocks, num_kv_heads, block_size, _ = kv_data.shape
+    num_tokens, num_heads, head_dim = query.shape
+    num_sequences = context_lens.shape[0]
+    check_sizes(num_heads, num_kv_heads, head_dim, block_size, bits)
+    if out.shape != (num_tokens, num_heads * head_dim) or not (query.is_contiguous() and out.is_contiguous()):
+        raise ValueError(f"prefill_attention got query {tuple(query.shape)} and out {tuple(out.shape)}")
+    if num_tokens == 0:
+        return
+    data, scales = kv_words(kv_data, kv_scales)
+    group = num_heads // num_kv_heads
+    group_rows = triton.next_power_of_2(group)
+    num_tiles = triton.cdiv(num_tokens, _TILE_ROWS // group_rows) + num_sequences
+    _prefill_kernel[(num_kv_heads, num_tiles)](
+        query,
+        data,
+        scales,
+        block_tables,
+        table_rows,
+        query_starts,
+        context_lens,
+        out,
+        num_sequences,
+        num_blocks,
+        block_tables.stride(0),
+        softmax_scale * math.log2(math.e),
+        KV_HEADS=num_kv_heads,
+        GROUP=group,
+        GROUP_ROWS=group_rows,
+        HEAD_DIM=head_dim,
+        BLOCK_SIZE=block_size,
+        BITS=bits,
+        WINDOW=sliding_window or 0,
+        SEQUENCES=max(16, triton.next_power_of_2(num_sequences)),
+        ROWS=_TILE_ROWS,
+        TILE=_TILE_CONTEXT,
+        COMPILED=not is_interpreted(),
+        num_warps=_NUM_WARPS,
+        num_stages=_NUM_STAGES,
+        **launch_options(query.device),
+    )
