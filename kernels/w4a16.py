@@ -49,7 +49,7 @@ _WGMMA_WARPS = 4
 _WGMMA_LEAST_COLUMNS = 16
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_splits"])
+@triton.jit(do_not_specialize=["num_rows", "num_blocks", "num_splits"])
 def _w4a16_kernel(  # type: ignore[no-untyped-def]
     x,
     records,

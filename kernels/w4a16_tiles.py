@@ -73,9 +73,9 @@ def has_wgmma(device: torch.device) -> bool:
 
 @cache
 def mma_sync_width() -> int:
-    """Return the fragment width that this version of Triton lays mma.sync's operands out in: 4 up to 3.6, then 2."""
+    """Return the fragment width that this version of Triton lays mma.sync's operands out in: 4 up to 3.7, then 2."""
     major, minor = map(int, triton.__version__.split(".")[:2])
-    return 4 if (major, minor) <= (3, 6) else 2
+    return 4 if (major, minor) <= (3, 7) else 2
 
 
 def pack_weight(
