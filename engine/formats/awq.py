@@ -11,6 +11,7 @@ import torch
 from lmdserve.kernels import layout
 
 from ..api import ConfigError
+from ..cpu_four_bit import build_four_bit_linear
 from ..linear import FourBitLinear, Linear
 from ..model_config import QuantizationConfig
 from .spec import TensorSpec
@@ -51,10 +52,12 @@ def build_linear(
     dtype: torch.dtype,
 ) -> Linear:
     """Return the linear that computes with these tensors."""
-    codes = layout.pack_rows(layout.unpack_awq(tensors["qweight"]).t().contiguous())
+    codes = layout.unpack_awq(tensors["qweight"]).t().contiguous()
     scales = tensors["scales"].t().contiguous()
     if quantization.zero_point:
         zeros = layout.unpack_awq(tensors["qzeros"]).t().to(dtype).contiguous()
     else:
         zeros = torch.full_like(scales, _SYMMETRIC_ZERO)
-    return FourBitLinear(codes, zeros, scales, bias)
+    if codes.device.type == "cpu":
+        return build_four_bit_linear(codes, zeros, scales, bias)
+    return FourBitLinear(layout.pack_rows(codes), zeros, scales, bias)
