@@ -20,6 +20,19 @@ CONTEXT_BYTES = 680 * 2**20
 CUBLAS_WORKSPACE_BYTES = 32 * 2**20
 # kernels/w4a16_workspace.py
 W4A16_WORKSPACE_BYTES = (64 << 20) + (1 << 14) * INT_BYTES
+# kernels/attention_workspace.py: dequantized keys and values of a prefill step, and the parts that split contexts are
+# computed in, for the most multiprocessors there are (an H200's; fewer make 2 MiB less).
+ATTENTION_SCRATCH_BYTES = 256 << 20
+_ATTENTION_PARTS_PER_PROCESSOR, _MOST_PROCESSORS = 8, 132
+# engine/step_buffers.py: rows whose queries, keys and values are added up in float32.
+_MOST_SUMMED_ROWS = 64
+# engine/fused_linear.py: rows of gate and up that a 16-bit model computes at once.
+_MOST_ROWS_OF_GATE_UP = 2048
+# kernels/sampling_weights.py
+_SAMPLING_BYTES_PER_ROW = 30 << 10
+# Rows of logits that are copied when requests ask for logprobs or change their logits (engine/readback.py,
+# engine/device_sampler.py).
+_LOGIT_COPIES = 2
 
 # Packed 4-bit weights (kernels/w4a16_tiles.py): records of 64 rows x 128 inputs, rows padded to 128.
 _RECORD_ROWS, _RECORD_INPUTS, _ROW_PADDING = 64, 128, 128
@@ -138,12 +151,12 @@ def can_pack(linear: LinearShape, group_size: int) -> bool:
     return fits_records and linear.in_features % _RECORD_INPUTS == 0 and linear.out_features % 16 == 0
 
 
-def step_buffer_bytes(config: ModelConfig, sizes: StepSizes, itemsize: int, *, most_summed_rows: int = 64) -> int:
+def step_buffer_bytes(config: ModelConfig, sizes: StepSizes, itemsize: int) -> int:
     """Return what the fused decoder's step buffers and slot tables take (engine/step_buffers.py)."""
     attended, pairs = config.num_heads * config.head_dim, config.head_dim // 2
     token_numbers = config.hidden_size + qkv_width(config) + 2 * attended + config.intermediate_size
     token_bytes = token_numbers * itemsize + (config.hidden_size + 2 * pairs) * FLOAT_BYTES
-    summed = min(sizes.max_tokens, most_summed_rows) * qkv_width(config) * FLOAT_BYTES
+    summed = min(sizes.max_tokens, _MOST_SUMMED_ROWS) * qkv_width(config) * FLOAT_BYTES
     logit_bytes = config.hidden_size * itemsize + config.vocab_size * FLOAT_BYTES
     slot_bytes = (sizes.max_blocks_per_slot + pairs + 1) * INT_BYTES
     return sizes.max_tokens * token_bytes + summed + sizes.max_logit_rows * logit_bytes + sizes.num_slots * slot_bytes
@@ -159,8 +172,31 @@ def runtime_parts(config: ModelConfig, form: ComputeForm, sizes: StepSizes, devi
     return [
         *parts,
         Part("step buffers", step_buffer_bytes(config, sizes, form.itemsize)),
-        Part("4-bit workspace", W4A16_WORKSPACE_BYTES),
+        Part("products", _product_bytes(config, form)),
+        Part("attention", attention_bytes(config, sizes.max_logit_rows)),
+        Part("sampling", sampling_bytes(config, sizes)),
     ]
+
+
+def attention_bytes(config: ModelConfig, max_rows: int, *, num_processors: int = _MOST_PROCESSORS) -> int:
+    """Return what attention works in (kernels/attention_workspace.py)."""
+    num_parts = max_rows + max(1, _ATTENTION_PARTS_PER_PROCESSOR * num_processors // config.num_kv_heads)
+    parts = num_parts * config.num_heads * (config.head_dim + 1) * FLOAT_BYTES
+    return parts + max_rows * config.num_kv_heads * INT_BYTES + ATTENTION_SCRATCH_BYTES
+
+
+def sampling_bytes(config: ModelConfig, sizes: StepSizes) -> int:
+    """Return what sampling takes when all slots have penalties and all rows logprobs (engine/device_sampler.py)."""
+    seen = sizes.num_slots * config.vocab_size * INT_BYTES
+    copies = _LOGIT_COPIES * sizes.max_logit_rows * config.vocab_size * FLOAT_BYTES
+    return seen + copies + sizes.max_logit_rows * _SAMPLING_BYTES_PER_ROW
+
+
+def _product_bytes(config: ModelConfig, form: ComputeForm) -> int:
+    """Return the workspace of 4-bit products, and what a 16-bit MLP has of gate and up at once."""
+    if config.quantization is not None:
+        return W4A16_WORKSPACE_BYTES
+    return _MOST_ROWS_OF_GATE_UP * 2 * config.intermediate_size * form.itemsize
 
 
 def _cublas_bytes(device: MemoryDevice) -> int:
