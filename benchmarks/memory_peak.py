@@ -1,0 +1,123 @@
+"""Load a model, drive it through every kind of step, and compare the GPU memory it took with the plan.
+
+    python benchmarks/memory_peak.py --model /tmp/internlm2.5-7b-awq --quant-policy 8 --max-gpu-memory 20GiB
+
+Prints one JSON object a phase: what the plan said, what torch reserved at its peak, what the driver says that this
+process took beyond what others had before, and the plan's error. Engine options are those of `lmdserve`.
+"""
+
+import argparse
+import asyncio
+import json
+import logging
+import sys
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from lmdserve.engine.api import Request, SamplingParams
+from lmdserve.engine.config import EngineConfig
+from lmdserve.engine.memory_device import find_gpu
+from lmdserve.server.options import OptionParser, add_options, read_options
+
+PROMPT_TOKENS = 1000
+OUTPUT_TOKENS = 32
+
+
+class Phase(NamedTuple):
+    """Requests that run together."""
+
+    name: str
+    requests: list[Request]
+
+
+def main() -> int:
+    parser = OptionParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_options(parser, EngineConfig, title="model and engine")
+    config = read_options(EngineConfig, parser.parse_known(sys.argv[1:]))
+    logging.basicConfig(level="WARNING", stream=sys.stderr)
+    gpu = find_gpu()
+    if gpu is None:
+        print("no GPU found", file=sys.stderr)
+        return 2
+    asyncio.run(measure(config, num_bytes_of_others=gpu.total_bytes - gpu.free_bytes))
+    return 0
+
+
+async def measure(config: EngineConfig, *, num_bytes_of_others: int) -> None:
+    """Load, run every phase, print a line after each."""
+    import torch
+
+    from lmdserve.engine.loop import load_engine
+    from lmdserve.engine.memory import plan_memory
+    from lmdserve.engine.memory_device import find_device
+    from lmdserve.engine.model_config import ModelConfig
+    from lmdserve.engine.model_folder import resolve_model_folder
+
+    model_config = ModelConfig.from_folder(resolve_model_folder(config.model, config.revision))
+    plan = plan_memory(config, model_config, find_device("cuda"))
+    engine = load_engine(config)
+
+    def report(phase: str) -> None:
+        gpu = find_gpu()
+        assert gpu is not None
+        taken = gpu.total_bytes - gpu.free_bytes - num_bytes_of_others
+        reserved, allocated = torch.cuda.max_memory_reserved(), torch.cuda.max_memory_allocated()
+        numbers = {
+            "phase": phase,
+            "planned_mib": mib(plan.peak_bytes),
+            "taken_mib": mib(taken),
+            "error_percent": round(100 * (plan.peak_bytes / taken - 1), 2),
+            "torch_reserved_mib": mib(reserved),
+            "torch_allocated_mib": mib(allocated),
+            "outside_torch_mib": mib(taken - torch.cuda.memory_reserved()),
+            "kv_mib": mib(plan.kv_bytes),
+        } | ({part.name: mib(part.num_bytes) for part in plan.parts} if phase == "loaded" else {})
+        print(json.dumps(numbers), flush=True)
+
+    report("loaded")
+    await engine.start()
+    for phase in phases(config.max_batch_size, model_config.vocab_size):
+        await asyncio.gather(*(finish(engine, request) for request in phase.requests))
+        report(phase.name)
+    await engine.stop(0.0)
+
+
+def phases(batch_size: int, vocab_size: int) -> Iterator[Phase]:
+    """Yield the kinds of work in turn; each fills the largest prefill steps and a full batch of decode rows."""
+    greedy = SamplingParams(temperature=0.0, max_tokens=OUTPUT_TOKENS, ignore_eos=True)
+    edited = SamplingParams(
+        top_p=0.9, repetition_penalty=1.1, num_logprobs=5, max_tokens=OUTPUT_TOKENS, ignore_eos=True, seed=1
+    )
+    for name, sampling, num_prompt_logprobs in (
+        ("greedy", greedy, None),
+        ("penalties, top-p and logprobs", edited, None),
+        ("prompt logprobs", greedy, 1),
+    ):
+        prompts = (
+            [1 + (i * 7919 + k * 31) % (vocab_size - 1) for k in range(PROMPT_TOKENS)] for i in range(batch_size)
+        )
+        yield Phase(
+            name,
+            [
+                Request(
+                    uid=f"{name} {index}",
+                    prompt_token_ids=prompt,
+                    sampling=sampling,
+                    num_prompt_logprobs=num_prompt_logprobs,
+                )
+                for index, prompt in enumerate(prompts)
+            ],
+        )
+
+
+async def finish(engine: object, request: Request) -> None:
+    async for _ in engine.generate(request):  # type: ignore[attr-defined]
+        pass
+
+
+def mib(num_bytes: int) -> float:
+    return round(num_bytes / 2**20, 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
