@@ -50,7 +50,8 @@ def build_step_inputs(chunks: SequenceOf[Chunk]) -> StepInputs:
     because that attention gives a token the same bits whatever comes with it.
     """
     inputs = StepInputs(is_deterministic=any(chunk.sequence.is_deterministic for chunk in chunks))
-    decodes, prefills = [], []
+    decodes: list[int] = []
+    prefills: list[int] = []
     for index, chunk in enumerate(chunks):
         is_decode = chunk.num_new_tokens == 1 + len(chunk.draft_token_ids) and not inputs.is_deterministic
         (decodes if is_decode else prefills).append(index)

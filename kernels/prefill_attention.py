@@ -201,7 +201,7 @@ def _prefill_kernel(  # type: ignore[no-untyped-def]
             context_len, scale_log2, KV_HEADS, HEAD_DIM, BLOCK_SIZE, BITS, WINDOW, TILE, True, COMPILED,
         )  # fmt: skip
     release_next_kernel(PDL)
-    total /= denominator[:, None]
+    total /= tl.where(denominator == 0.0, 1.0, denominator)[:, None]  # only rows past the end saw nothing
     tl.store(out + cells, total.to(out.dtype.element_ty), mask=is_row[:, None])
 
 

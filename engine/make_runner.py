@@ -1,0 +1,27 @@
+"""Chooses the runner that fits a loaded model: the fused decoder has its own, which never waits for the device."""
+
+from .config import EngineConfig
+from .kv_cache import KVCache
+from .memory import MemoryPlan
+from .models.decoder import Decoder
+from .runner import Runner
+from .step import StepRunner
+from .step_buffers import StepLimits
+
+
+def make_runner(model: object, kv_cache: KVCache, plan: MemoryPlan, config: EngineConfig) -> StepRunner:
+    """Return the runner of a model that `load_model` returned, with everything allocated that its steps need."""
+    if isinstance(model, Decoder):
+        return Runner(model, kv_cache, block_size=config.cache_block_seq_len, device=model.device)
+    from .cuda_runner import CudaRunner  # brings Triton, as the model has
+    from .models.fused_decoder import FusedDecoder
+
+    assert isinstance(model, FusedDecoder)
+    sizes = plan.sizes
+    limits = StepLimits(
+        max_tokens=sizes.max_tokens,
+        max_logit_rows=sizes.max_logit_rows,
+        num_slots=sizes.num_slots,
+        max_blocks_per_slot=sizes.max_blocks_per_slot,
+    )
+    return CudaRunner(model, kv_cache, limits)
