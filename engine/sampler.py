@@ -66,8 +66,18 @@ class PenaltyState:
 
 def uniform(seed: int, position: int) -> float:
     """Return a number in [0, 1) that only depends on its arguments: two rounds of SplitMix64 (Steele et al., 2014)."""
-    bits = _split_mix(_split_mix(seed & _MASK_64) + position)
+    bits = _split_mix(seed_hash(seed) + position)
     return (bits >> 11) * 2.0**-53
+
+
+def seed_hash(seed: int) -> int:
+    """Return the first of `uniform`'s two rounds, which is the same for all tokens of a sequence: 64 bits, unsigned."""
+    return _split_mix(seed & _MASK_64)
+
+
+def has_penalties(sampling: SamplingParams) -> bool:
+    """Say whether tokens that were seen change the logits."""
+    return sampling.repetition_penalty != 1.0 or sampling.presence_penalty != 0.0 or sampling.frequency_penalty != 0.0
 
 
 def sample(logits: torch.Tensor, sequences: SequenceOf[Sequence]) -> list[Sample]:
@@ -120,13 +130,9 @@ def _is_plain_greedy(row: SampleRow) -> bool:
     return (
         sampling.temperature == 0.0
         and not sampling.logit_bias
-        and not _has_penalties(sampling)
+        and not has_penalties(sampling)
         and not row.is_stop_banned
     )
-
-
-def _has_penalties(sampling: SamplingParams) -> bool:
-    return sampling.repetition_penalty != 1.0 or sampling.presence_penalty != 0.0 or sampling.frequency_penalty != 0.0
 
 
 def _failure(logits: torch.Tensor) -> str:
@@ -164,7 +170,7 @@ def _ban_stop_tokens(logits: torch.Tensor, rows: SequenceOf[SampleRow]) -> None:
 
 def _apply_penalties(logits: torch.Tensor, sequences: SequenceOf[Sequence]) -> None:
     """Repetition penalty (Keskar et al., 2019: positive logits are divided, negative multiplied), then OpenAI's two."""
-    rows = [row for row, sequence in enumerate(sequences) if _has_penalties(sequence.sampling)]
+    rows = [row for row, sequence in enumerate(sequences) if has_penalties(sequence.sampling)]
     if not rows:
         return
     samplings = [sequences[row].sampling for row in rows]

@@ -158,8 +158,9 @@ def _workers() -> ProcessPoolExecutor:
 
 
 def _forget_interpreter() -> None:
-    """In a worker, before anything there imports triton."""
+    """In a worker, before anything there imports triton; saying that products and sums may fuse spares a warning."""
     os.environ.pop("TRITON_INTERPRET", None)
+    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 
 def _compile(job: _Job) -> CompiledKernel:
