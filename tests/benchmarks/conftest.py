@@ -13,7 +13,8 @@ FOLDER = Path(__file__).parents[2] / "benchmarks"
 
 @pytest.fixture(scope="session")
 def load_script() -> Callable[[str], ModuleType]:
-    """Return a function that imports benchmarks/NAME.py without running it."""
+    """Return a function that imports benchmarks/NAME.py without running it; scripts import each other by bare name."""
+    sys.path.append(str(FOLDER))
 
     def load(name: str) -> ModuleType:
         spec = importlib.util.spec_from_file_location(f"benchmarks_{name}", FOLDER / f"{name}.py")
