@@ -25,10 +25,14 @@ from .attention_codes import (
     KEY_BIAS_SECOND_4,
     VALUE_BIAS_4,
     VALUE_BIAS_8,
+    exp2,
     key_operand,
+    log2,
     multiply,
     natural_order,
     query_operand,
+    reciprocal,
+    value_column,
     value_operand,
 )
 from .attention_heads import load_rotated, store_rows, unpack_scales
@@ -36,10 +40,12 @@ from .attention_workspace import AttentionWorkspace
 from .kv_cache import check_sizes, kv_words
 from .launch import is_interpreted, launch_options, release_next_kernel, wait_for_previous_kernel
 
-_QUERY_ROWS = 16  # the least rows of a tensor core's product; query heads of a group fill up to 8 of them
+# Columns of the products, one a query head. Tokens and elements are the rows (swapped operands), so that a group's few
+# heads fill the narrow side of mma.m16n8k16 and not its 16 rows.
+_HEAD_COLUMNS = 8
 # Tokens a tile, warps a program and tiles in flight.
-_TILE_TOKENS = {4: 64, 8: 64, 16: 32}
-_NUM_WARPS = {4: 1, 8: 1, 16: 1}
+_TILE_TOKENS = {4: 64, 8: 64, 16: 64}
+_NUM_WARPS = {4: 1, 8: 1, 16: 4}
 _NUM_STAGES = {4: 3, 8: 3, 16: 3}
 # The cache's word of a place that is not there: scale one, minimum zero.
 _NEUTRAL_SCALES = tl.constexpr(0x3F80)
@@ -113,7 +119,7 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
     WINDOW: tl.constexpr,
     ROWS: tl.constexpr,
     TILE: tl.constexpr,
-    QUERY_ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
     APPENDS: tl.constexpr,
     HAS_NORM: tl.constexpr,
     ASSEMBLY: tl.constexpr,
@@ -135,68 +141,63 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
     block = tl.load(table + first // BLOCK_SIZE, mask=first < end, other=0)
 
     wait_for_previous_kernel(PDL)
-    heads = tl.arange(0, QUERY_ROWS)
+    heads = tl.arange(0, COLUMNS)
     elements = tl.arange(0, HALF)[None, :]
     qkv_row = qkv + row.to(tl.int64) * qkv_stride
-    is_head = (heads < GROUP)[:, None]
+    is_head = heads < GROUP
     query = qkv_row + (kv_head * GROUP + heads)[:, None] * HEAD_DIM + elements
     if APPENDS:
         cosine = tl.load(cosines + row * HALF + elements)
         sine = tl.load(sines + row * HALF + elements)
-        query_first, query_second = load_rotated(query, is_head, cosine, sine, q_norm, norm_eps, HALF, HAS_NORM)
+        query_first, query_second = load_rotated(
+            query, is_head[:, None], cosine, sine, q_norm, norm_eps, HALF, HAS_NORM
+        )
     else:
-        query_first = tl.load(query, mask=is_head, other=0.0).to(tl.float32)
-        query_second = tl.load(query + HALF, mask=is_head, other=0.0).to(tl.float32)
+        query_first = tl.load(query, mask=is_head[:, None], other=0.0).to(tl.float32)
+        query_second = tl.load(query + HALF, mask=is_head[:, None], other=0.0).to(tl.float32)
     query_first = (query_first * softmax_scale_log2).to(OPERAND)
     query_second = (query_second * softmax_scale_log2).to(OPERAND)
     first_sum = tl.sum(query_first.to(tl.float32), axis=1)
     second_sum = tl.sum(query_second.to(tl.float32), axis=1)
     query_sum = first_sum + second_sum
-    operand = query_operand(query_first, query_second, HEAD_DIM, BITS)
+    operand = query_operand(query_first, query_second, HEAD_DIM, BITS).T
 
-    best = tl.full((QUERY_ROWS,), float("-inf"), tl.float32)  # largest z so far
-    denominator = tl.zeros((QUERY_ROWS,), tl.float32)
-    minimums = tl.zeros((QUERY_ROWS,), tl.float32)  # sum of weight * minimum
-    weight_sum = tl.zeros((QUERY_ROWS,), tl.float32)  # sum of the weights as the product saw them, for the bias
-    total = tl.zeros((QUERY_ROWS, HEAD_DIM), tl.float32)
+    best = tl.full((COLUMNS,), float("-inf"), tl.float32)  # largest z so far
+    denominator = tl.zeros((COLUMNS,), tl.float32)
+    minimums = tl.zeros((COLUMNS,), tl.float32)  # sum of weight * minimum
+    weight_sum = tl.zeros((COLUMNS,), tl.float32)  # sum of the weights as the product saw them, for the bias
+    total = tl.zeros((HEAD_DIM, COLUMNS), tl.float32)
     if APPENDS:
         if (number == num_parts - 1) & (context_len > 0):
             position = context_len - 1
             own_block = tl.load(table + position // BLOCK_SIZE).to(tl.int64)
             place = (own_block * KV_HEADS + kv_head) * BLOCK_SIZE + position % BLOCK_SIZE
+            place += tl.zeros((1, 1), tl.int64)
             one = tl.full((1, 1), True, tl.int1)
             key = qkv_row + (HEADS + kv_head) * HEAD_DIM + elements
             key_first, key_second = load_rotated(key, one, cosine, sine, k_norm, norm_eps, HALF, HAS_NORM)
             key_first, key_second, key_scale, key_minimum = store_rows(
-                data, scales, place + tl.zeros((1, 1), tl.int64), one, key_first, key_second, HEAD_DIM, BITS
+                data, scales, place, one, key_first, key_second, HEAD_DIM, BITS
             )
             products = query_first.to(tl.float32) * (key_first * key_scale + key_minimum)
             products += query_second.to(tl.float32) * (key_second * key_scale + key_minimum)
             value = key + KV_HEADS * HEAD_DIM
+            value_first = tl.load(value).to(tl.float32)
+            value_second = tl.load(value + HALF).to(tl.float32)
             value_first, value_second, value_scale, value_minimum = store_rows(
-                data,
-                scales,
-                place + value_places + tl.zeros((1, 1), tl.int64),
-                one,
-                tl.load(value).to(tl.float32),
-                tl.load(value + HALF).to(tl.float32),
-                HEAD_DIM,
-                BITS,
+                data, scales, place + value_places, one, value_first, value_second, HEAD_DIM, BITS
             )
-            inverse = tl.sum(1.0 / value_scale)  # of the only element
-            best = tl.sum(products, axis=1) + tl.sum(tl.math.log2(value_scale))
-            denominator = best * 0.0 + inverse
+            best = tl.sum(products, axis=1) + tl.sum(tl.math.log2(value_scale))  # sums of one element
+            denominator = best * 0.0 + tl.sum(1.0 / value_scale)
             minimums = denominator * tl.sum(value_minimum)
-            total = tl.zeros((QUERY_ROWS, HEAD_DIM), tl.float32) + _value_row(value_first, value_second, HEAD_DIM, BITS)
+            total += value_column(value_first, value_second, HEAD_DIM, BITS)
 
     tokens = tl.arange(0, TILE)
-    columns = tl.arange(0, WIDTH)[None, :]
-    if BITS == 16:
-        bias = query_sum * 0.0
+    words = tl.arange(0, WIDTH)[None, :]
+    if BITS == 4:
+        bias = -KEY_BIAS_FIRST * first_sum - KEY_BIAS_SECOND_4 * second_sum
     elif BITS == 8:
         bias = -KEY_BIAS_FIRST * query_sum
-    else:
-        bias = -KEY_BIAS_FIRST * first_sum - KEY_BIAS_SECOND_4 * second_sum
     for start in tl.range(first, end, TILE):
         places = (block.to(tl.int64) * KV_HEADS + kv_head) * BLOCK_SIZE + (start % BLOCK_SIZE + tokens)
         following = start + TILE
@@ -204,13 +205,12 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
         is_seen = start + tokens < end
         if WINDOW > 0:
             is_seen &= start + tokens >= context_len - WINDOW
-        key_data = data + places[:, None] * WIDTH + columns
+        key_data = data + places[:, None] * WIDTH + words
         value_data = key_data + value_places * WIDTH
-        start_scores = tl.zeros((QUERY_ROWS, TILE), tl.float32) + bias[:, None]
         if BITS == 16:
             keys = tl.load(key_data, mask=is_seen[:, None], other=0.0)
             values = tl.load(value_data, mask=is_seen[:, None], other=0.0)
-            z = multiply(operand, keys.T, start_scores, ASSEMBLY)
+            z = multiply(keys, operand, tl.zeros((TILE, COLUMNS), tl.float32), ASSEMBLY)
         else:
             key_words = tl.load(key_data)
             value_words = tl.load(value_data)
@@ -219,73 +219,65 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
                 tl.load(scales + value_places + places, mask=is_seen, other=_NEUTRAL_SCALES)
             )
             keys = key_operand(key_words, HEAD_DIM, BITS, ASSEMBLY)
-            scores = multiply(operand, keys.T, start_scores, ASSEMBLY)
-            z = scores * key_scale[None, :] + (query_sum[:, None] * key_minimum[None, :] + tl.math.log2(value_scale))
-        z = tl.where(is_seen[None, :], z, float("-inf"))
-        largest = tl.maximum(best, tl.max(z, axis=1))
+            scores = multiply(keys, operand, tl.zeros((TILE, COLUMNS), tl.float32) + bias[None, :], ASSEMBLY)
+            shift = key_minimum[:, None] * query_sum[None, :] + log2(value_scale, ASSEMBLY)[:, None]
+            z = scores * key_scale[:, None] + shift
+        z = tl.where(is_seen[:, None], z, float("-inf"))
+        largest = tl.maximum(best, tl.max(z, axis=0))
         finite = tl.where(largest == float("-inf"), 0.0, largest)
-        weights = tl.math.exp2(z - finite[:, None])
-        rescale = tl.math.exp2(best - finite)
+        weights = exp2(z - finite[None, :], ASSEMBLY)
+        rescale = exp2(best - finite, ASSEMBLY)
         best = largest
         rounded = weights.to(OPERAND)
         if BITS == 16:
-            denominator = denominator * rescale + tl.sum(weights, axis=1)
+            denominator = denominator * rescale + tl.sum(weights, axis=0)
         else:
-            shares = weights * (1.0 / value_scale)[None, :]
-            denominator = denominator * rescale + tl.sum(shares, axis=1)
-            minimums = minimums * rescale + tl.sum(shares * value_minimum[None, :], axis=1)
-            weight_sum = weight_sum * rescale + tl.sum(rounded.to(tl.float32), axis=1)
+            shares = weights * reciprocal(value_scale, ASSEMBLY)[:, None]
+            denominator = denominator * rescale + tl.sum(shares, axis=0)
+            minimums = minimums * rescale + tl.sum(shares * value_minimum[:, None], axis=0)
+            weight_sum = weight_sum * rescale + tl.sum(rounded.to(tl.float32), axis=0)
             values = value_operand(value_words, HEAD_DIM, BITS, ASSEMBLY)
-        total = multiply(rounded, values, total * rescale[:, None], ASSEMBLY)
+        if BITS == 16:
+            total = multiply(rounded.T, values, total.T * rescale[:, None], ASSEMBLY).T
+        else:
+            total = multiply(values.T, rounded, total * rescale[None, :], ASSEMBLY)
     release_next_kernel(PDL)
 
     if BITS != 16:
-        total += (minimums - (VALUE_BIAS_4 if BITS == 4 else VALUE_BIAS_8) * weight_sum)[:, None]
-        total = natural_order(total, HEAD_DIM, BITS)
-    total *= (1.0 / tl.where(context_len > 0, denominator, 1.0))[:, None]  # a padding row's total is zero
+        total += (minimums - (VALUE_BIAS_4 if BITS == 4 else VALUE_BIAS_8) * weight_sum)[None, :]
+    total *= (1.0 / tl.where(context_len > 0, denominator, 1.0))[None, :]  # a padding row's total is zero
+    total = natural_order(total.T, HEAD_DIM, BITS)
     head = kv_head * GROUP + heads
     cells = head[:, None] * HEAD_DIM + tl.arange(0, HEAD_DIM)[None, :]
+    is_cell = is_head[:, None]
     target = out + row.to(tl.int64) * (HEADS * HEAD_DIM) + cells
     if num_parts == 1:
-        tl.store(target, total.to(out.dtype.element_ty), mask=is_head)
+        tl.store(target, total.to(out.dtype.element_ty), mask=is_cell)
         return
     mine = part.to(tl.int64) * HEADS
-    tl.store(partial_outputs + mine * HEAD_DIM + cells, total, mask=is_head)
-    tl.store(partial_weights + mine + head, best + tl.math.log2(denominator), mask=heads < GROUP)
+    tl.store(partial_outputs + mine * HEAD_DIM + cells, total, mask=is_cell)
+    tl.store(partial_weights + mine + head, best + tl.math.log2(denominator), mask=is_head)
     tl.debug_barrier()  # all threads' parts are written before the counter says so
     counter = counters + row * KV_HEADS + kv_head
     if tl.atomic_add(counter, 1, sem="acq_rel") != num_parts - 1:
         return
     tl.store(counter, 0)
     tl.debug_barrier()
-    best = tl.full((QUERY_ROWS,), float("-inf"), tl.float32)
-    denominator = tl.zeros((QUERY_ROWS,), tl.float32)
-    total = tl.zeros((QUERY_ROWS, HEAD_DIM), tl.float32)
+    best = tl.full((COLUMNS,), float("-inf"), tl.float32)
+    denominator = tl.zeros((COLUMNS,), tl.float32)
+    total = tl.zeros((COLUMNS, HEAD_DIM), tl.float32)
     row_parts = (part - number).to(tl.int64) * HEADS
     for other in range(num_parts):
         theirs = row_parts + other * HEADS
-        weight = tl.load(partial_weights + theirs + head, mask=heads < GROUP, other=0.0, cache_modifier=".cg")
-        output = tl.load(partial_outputs + theirs * HEAD_DIM + cells, mask=is_head, other=0.0, cache_modifier=".cg")
+        weight = tl.load(partial_weights + theirs + head, mask=is_head, other=0.0, cache_modifier=".cg")
+        output = tl.load(partial_outputs + theirs * HEAD_DIM + cells, mask=is_cell, other=0.0, cache_modifier=".cg")
         largest = tl.maximum(best, weight)
         rescale = tl.math.exp2(best - largest)
         share = tl.math.exp2(weight - largest)
         denominator = denominator * rescale + share
         total = total * rescale[:, None] + output * share[:, None]
         best = largest
-    tl.store(target, (total / denominator[:, None]).to(out.dtype.element_ty), mask=is_head)
-
-
-@triton.jit
-def _value_row(first, second, HEAD_DIM: tl.constexpr, BITS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Return the row given as halves [1, HEAD_DIM / 2] with columns as products with `value_operand` have them."""
-    halves = tl.join(first, second)
-    if BITS == 4:
-        return halves.reshape(1, 8, HEAD_DIM // 64, 4, 2).permute(0, 2, 3, 4, 1).reshape(1, HEAD_DIM)
-    elif BITS == 8:
-        natural = halves.permute(0, 2, 1).reshape(1, 8, HEAD_DIM // 32, 4)
-        return natural.permute(0, 2, 3, 1).reshape(1, HEAD_DIM)
-    else:
-        return halves.permute(0, 2, 1).reshape(1, HEAD_DIM)
+    tl.store(target, (total / denominator[:, None]).to(out.dtype.element_ty), mask=is_cell)
 
 
 def decode_attention(
@@ -317,15 +309,18 @@ def decode_attention(
     them is each row's; context_lens int32 [R], the row's own token included, 0 for a padding row, whose output is zero
     and which writes nothing. q_norm and k_norm [D]: RMS norm of each head before rotation.
 
-    With appends=False the queries are rotated and normalized already, all keys and values are in the cache, and
-    cosines and sines are not read. block_tables, table_rows and context_lens are read before the kernel launched just
-    before this one has ended; it must not write them. Raises ValueError for sizes the kernel does not have.
+    With appends=False qkv holds the queries alone, [R, num_heads * D], rotated and normalized already, all keys and
+    values are in the cache, and cosines and sines are not read.
+
+    block_tables, table_rows and context_lens are read while the kernel launched just before this one may still run, so
+    that one must not write them. Raises ValueError for sizes the kernel does not have.
     """
     _, num_blocks, num_kv_heads, block_size, _ = kv_data.shape
     num_rows = qkv.shape[0]
     head_dim = out.shape[1] // num_heads
     check_sizes(num_heads, num_kv_heads, head_dim, block_size, bits)
-    if qkv.shape[1] != (num_heads + 2 * num_kv_heads) * head_dim or not (qkv.stride(1) == 1 and out.is_contiguous()):
+    num_columns = (num_heads + 2 * num_kv_heads if appends else num_heads) * head_dim
+    if qkv.shape[1] != num_columns or not (qkv.stride(1) == 1 and out.is_contiguous()):
         raise ValueError(f"decode_attention got qkv {tuple(qkv.shape)} for {num_heads} heads of {head_dim} elements")
     if num_rows > workspace.max_rows or workspace.num_heads != num_heads or workspace.head_dim != head_dim:
         raise ValueError(f"the workspace was allocated for {workspace.max_rows} rows of another shape; got {num_rows}")
@@ -360,7 +355,7 @@ def decode_attention(
         WINDOW=sliding_window or 0,
         ROWS=max(16, triton.next_power_of_2(num_rows)),
         TILE=min(_TILE_TOKENS[bits], block_size),
-        QUERY_ROWS=_QUERY_ROWS,
+        COLUMNS=_HEAD_COLUMNS,
         APPENDS=appends,
         HAS_NORM=q_norm is not None,
         ASSEMBLY=not is_interpreted(),

@@ -183,15 +183,14 @@ def test_rows_of_one_sequence_without_appending(bits: int, device: torch.device)
         (length,), num_kv_heads=2, head_dim=head_dim, bits=bits, dtype=torch.float16, device=device
     )  # fmt: skip
     query = torch.randn(4, num_heads, head_dim, generator=torch.Generator().manual_seed(3)).to(device)
-    qkv = torch.full((4, (num_heads + 4) * head_dim), math.nan, device=device)
-    qkv[:, : num_heads * head_dim] = query.flatten(1)
     out = torch.full((4, num_heads * head_dim), math.nan, dtype=torch.float16, device=device)
     workspace = AttentionWorkspace.allocate(
         max_rows=4, num_heads=num_heads, num_kv_heads=2, head_dim=head_dim, device=device, scratch_bytes=0
     )
     before = case.data.clone()
     decode_attention(
-        qkv, qkv, qkv, case.data, case.scales, case.block_tables, case.table_rows.expand(4).contiguous(),
+        query.flatten(1), query, query, case.data, case.scales, case.block_tables,
+        case.table_rows.expand(4).contiguous(),
         torch.arange(length - 3, length + 1, dtype=torch.int32, device=device), out, workspace, bits=bits,
         softmax_scale=head_dim**-0.5, num_heads=num_heads, appends=False,
     )  # fmt: skip
