@@ -6,7 +6,6 @@ Prints one JSON object a phase: what the plan said, what torch reserved at its p
 process took beyond what others had before, and the plan's error. Engine options are those of `lmdserve`.
 """
 
-import argparse
 import asyncio
 import json
 import logging
@@ -31,7 +30,7 @@ class Phase(NamedTuple):
 
 
 def main() -> int:
-    parser = OptionParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OptionParser(description=__doc__)
     add_options(parser, EngineConfig, title="model and engine")
     config = read_options(EngineConfig, parser.parse_known(sys.argv[1:]))
     logging.basicConfig(level="WARNING", stream=sys.stderr)
