@@ -10,6 +10,7 @@ from .memory_device import MemoryDevice, find_device, find_gpu, imagined_gpu
 from .memory_sizes import Part
 from .model_config import ModelConfig
 from .model_folder import resolve_config_folder
+from .option_checks import check_options
 
 _MIB = 2**20
 _GIB = 2**30
@@ -25,6 +26,7 @@ def plan_table(config: EngineConfig, *, gpu_bytes: int | None = None) -> str:
     `gpu_bytes` asks about an empty GPU of that size, wherever this runs.
     """
     model_config = ModelConfig.from_folder(resolve_config_folder(config.model, config.revision))
+    check_options(config, model_config)
     device = _choose_device(config, gpu_bytes)
     plans, refusals = [], []
     for quant_policy in _POLICIES:

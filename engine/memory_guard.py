@@ -1,0 +1,30 @@
+"""Holds a process to its memory plan: torch refuses what goes past it, and running out is told in its numbers."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from .api import ConfigError
+from .memory import MemoryPlan
+
+_GIB = 2**30
+
+
+@contextmanager
+def held_to_plan(plan: MemoryPlan, device: torch.device, *, is_limited: bool) -> Iterator[None]:
+    """Load and allocate within this; with `is_limited` torch never takes more than the plan, also afterwards.
+
+    Raises ConfigError where memory runs out.
+    """
+    if device.type == "cuda" and is_limited:
+        num_torch_bytes = plan.limit_bytes - plan.context_bytes
+        torch.cuda.set_per_process_memory_fraction(num_torch_bytes / torch.cuda.mem_get_info(device)[1], device)
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(
+            f"GPU memory ran out while the model was loaded: {plan.peak_bytes / _GIB:.2f} GiB were planned and "
+            f"{plan.limit_bytes / _GIB:.2f} GiB may be taken; another program may have taken some meanwhile; "
+            "lower --cache-max-entry-count or --max-prefill-token-num"
+        ) from error
