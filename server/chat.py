@@ -11,9 +11,10 @@ import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 from lmdserve.tools.api import ControlToken, ToolFormat
+from lmdserve.tools.reasoning import END, START, ReasoningFormat, reasoning_format_for
 from lmdserve.tools.registry import format_for
 
 from .chat_messages import ChatTemplateError, template_messages
@@ -23,13 +24,23 @@ from .template_env import ChatTemplate
 from .templates import TemplateSource, builtin_template, checkpoint_templates, read_template
 from .text import Tokenizer
 
-__all__ = ["ChatRenderer", "ChatTemplateError"]
+__all__ = ["ChatRenderer", "ChatTemplateError", "Prompt"]
 
 logger = logging.getLogger(__name__)
 
 _TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<eoa>", "<|end|>", "<end_of_turn>")
-_REASONING_MARKS = frozenset({"<think>", "</think>"})
+_REASONING_MARKS = frozenset({START, END})
+_BUILTIN_TOOLS = "builtin_tools"  # Llama's variable: tools that the model knows by name
+_PROBE_NAME = "probe_7f3a9c"  # of a tool that a template shows, or does not
 _NO_VARIABLES: Mapping[str, Any] = MappingProxyType({})
+
+
+class Prompt(NamedTuple):
+    """A rendered conversation."""
+
+    text: str  # real and typed control tokens look alike in it
+    token_ids: list[int]
+    opens_in_reasoning: bool  # the model goes on inside a reasoning block
 
 
 class ChatRenderer:
@@ -43,6 +54,7 @@ class ChatRenderer:
         offer_template: ChatTemplate | None,
         history_template: ChatTemplate | None,
         tool_format: ToolFormat | None,
+        reasoning_format: ReasoningFormat | None,
     ) -> None:
         """`offer_template` renders what offers tools, `history_template` what only has calls or results in it."""
         self._tokenizer = tokenizer
@@ -51,6 +63,7 @@ class ChatRenderer:
         self._history_template = history_template
         self._shield = ControlTokenShield(tokenizer.control_tokens)
         self.tool_format = tool_format
+        self.reasoning_format = reasoning_format
         self.stop_token_ids = frozenset(
             tokenizer.control_tokens[text] for text in _TURN_ENDS if text in tokenizer.control_tokens
         )
@@ -65,7 +78,10 @@ class ChatRenderer:
         sources = {"default": read_template(template_path)} if template_path else checkpoint_templates(folder)
         own, own_for_tools = sources.get("default"), sources.get("tool_use", sources.get("default"))
         tool_format = format_for(
-            model_type, own_for_tools.text if own_for_tools else None, tokenizer.control_tokens.keys()
+            model_type,
+            own_for_tools.text if own_for_tools else None,
+            tokenizer.control_tokens.keys(),
+            shows_tools=_shows_tools(_compiled(own_for_tools), tokenizer.named_tokens),
         )
         ours = None
         if tool_format is not None and tool_format.chat_template is not None and template_path is None:
@@ -73,6 +89,8 @@ class ChatRenderer:
         default = own or ours or builtin_template(model_type, tokenizer.control_tokens)
         if own is None:
             logger.info("no chat template in %s: using %s", folder, default.origin if default else "none")
+        elif ours is not None:
+            logger.info("%s drops tools: requests with tools use the %s", own.origin, ours.origin)
         template, tool_template = _compiled(default), _compiled(ours or sources.get("tool_use"))
         return cls(
             tokenizer,
@@ -81,46 +99,42 @@ class ChatRenderer:
             # A checkpoint's own template for tools counts on there being some.
             history_template=(tool_template if ours else None) or template,
             tool_format=tool_format,
+            reasoning_format=reasoning_format_for(default.text if default else None, tokenizer.control_tokens.keys()),
         )
 
-    def render(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        *,
-        tools: Sequence[Mapping[str, Any]] = (),
-        add_generation_prompt: bool = True,
-        continue_final_message: bool = False,
-        template_kwargs: Mapping[str, Any] = _NO_VARIABLES,
-    ) -> list[int]:
-        """Return the prompt's token ids; ChatTemplateError names what cannot be rendered.
+    def render(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> list[int]:
+        """Return the prompt's token ids; options and errors are those of `prepare`."""
+        return self._tokenizer.encode_segments(self._segments(messages, **options))
 
-        `continue_final_message` leaves the last message, an assistant's, open for the model to go on with it; otherwise
-        a new assistant turn is opened, unless `add_generation_prompt` is false. `template_kwargs` are further variables
-        for the template (`enable_thinking`), and one that it does not use is an error.
-        """
-        return self._tokenizer.encode_segments(
-            self._segments(messages, tools, add_generation_prompt, continue_final_message, template_kwargs)
-        )
-
-    def render_text(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        *,
-        tools: Sequence[Mapping[str, Any]] = (),
-        add_generation_prompt: bool = True,
-        continue_final_message: bool = False,
-        template_kwargs: Mapping[str, Any] = _NO_VARIABLES,
-    ) -> str:
+    def render_text(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
         """Return the prompt as text, for people: real and typed control tokens look alike in it."""
-        return "".join(self._segments(messages, tools, add_generation_prompt, continue_final_message, template_kwargs))
+        return "".join(self._segments(messages, **options))
+
+    def prepare(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> Prompt:
+        """Return the whole prompt; ChatTemplateError names what cannot be rendered.
+
+        The options are `tools`; `continue_final_message`, which leaves the last message, an assistant's, open for the
+        model to go on with it; `add_generation_prompt`, by default true, which otherwise opens a new assistant turn;
+        and `template_kwargs`, further variables for the template (`enable_thinking`), of which one that it does not use
+        is an error.
+        """
+        segments = self._segments(messages, **options)
+        is_continued = options.get("continue_final_message")
+        continued = template_messages(messages[-1:], knows_environment=True)[0]["content"] if is_continued else ""
+        return Prompt(
+            text="".join(segments),
+            token_ids=self._tokenizer.encode_segments(segments),
+            opens_in_reasoning=self.reasoning_format is not None and _ends_in_reasoning(segments, continued),
+        )
 
     def _segments(
         self,
         messages: Sequence[Mapping[str, Any]],
-        tools: Sequence[Mapping[str, Any]],
-        add_generation_prompt: bool,
-        continue_final_message: bool,
-        template_kwargs: Mapping[str, Any],
+        *,
+        tools: Sequence[Mapping[str, Any]] = (),
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        template_kwargs: Mapping[str, Any] = _NO_VARIABLES,
     ) -> list[str | ControlToken]:
         template = self._template_for(messages, tools)
         prepared = template_messages(messages, knows_environment="environment" in template.source)
@@ -129,11 +143,10 @@ class ChatRenderer:
                 **self._checked_variables(template, template_kwargs),
                 **self._tokenizer.named_tokens,
                 "messages": self._covered_messages(prepared, continue_final_message=continue_final_message),
-                "tools": self._shield.cover(list(tools)) or None,
                 "documents": None,
                 "add_generation_prompt": add_generation_prompt and not continue_final_message,
             }
-            rendered = template.render(variables)
+            rendered = template.render(self._with_tools(variables, tools))
         except ChatTemplateError:
             raise
         except RecursionError as error:
@@ -144,6 +157,15 @@ class ChatRenderer:
             rendered = self._cut_at_end_mark(rendered)
         segments = self._tokenizer.split_control(rendered)
         return [s if isinstance(s, ControlToken) else self._shield.uncover(s) for s in segments]
+
+    def _with_tools(self, variables: dict[str, Any], tools: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        covered = self._shield.cover(list(tools))
+        if self.tool_format is None:
+            return {**variables, "tools": covered or None}
+        offer = self.tool_format.template_variables(covered)
+        if isinstance(variables.get(_BUILTIN_TOOLS), list) and _BUILTIN_TOOLS in offer:
+            offer[_BUILTIN_TOOLS] = [*variables[_BUILTIN_TOOLS], *offer[_BUILTIN_TOOLS]]
+        return {**variables, **offer}
 
     def _template_for(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]) -> ChatTemplate:
         if tools:
@@ -163,7 +185,7 @@ class ChatRenderer:
     def _covered_messages(
         self, messages: Sequence[Mapping[str, Any]], *, continue_final_message: bool
     ) -> list[dict[str, Any]]:
-        covered = [self._covered_message(message) for message in messages]
+        covered = [self._covered_message(self._with_own_call_ids(message)) for message in messages]
         if continue_final_message:
             if messages[-1]["role"] != "assistant" or messages[-1].get("tool_calls"):
                 raise ChatTemplateError(
@@ -172,6 +194,20 @@ class ChatRenderer:
                 )
             covered[-1]["content"] += self._shield.end_mark
         return covered
+
+    def _with_own_call_ids(self, message: Mapping[str, Any]) -> Mapping[str, Any]:
+        if self.tool_format is None:
+            return message
+        rewrite = self.tool_format.template_call_id
+        changes: dict[str, Any] = {}
+        if isinstance(message.get("tool_call_id"), str):
+            changes["tool_call_id"] = rewrite(message["tool_call_id"])
+        if "tool_calls" in message:
+            changes["tool_calls"] = [
+                {**call, "id": rewrite(call["id"])} if isinstance(call.get("id"), str) else call
+                for call in message["tool_calls"]
+            ]
+        return {**message, **changes}
 
     def _covered_message(self, message: Mapping[str, Any]) -> dict[str, Any]:
         return {
@@ -199,6 +235,31 @@ class ChatRenderer:
 
 def _compiled(source: TemplateSource | None) -> ChatTemplate | None:
     return None if source is None else ChatTemplate(source.text, origin=source.origin)
+
+
+def _shows_tools(template: ChatTemplate | None, named_tokens: Mapping[str, str]) -> bool:
+    """Whether the template shows tools that are offered to the model, found out by offering one."""
+    if template is None:
+        return False
+    function = {"name": _PROBE_NAME, "description": "", "parameters": {"type": "object", "properties": {}}}
+    variables = {
+        **named_tokens,
+        "messages": [{"role": "user", "content": ""}],
+        "tools": [{"type": "function", "function": function}],
+        "documents": None,
+        "add_generation_prompt": True,
+    }
+    try:
+        return _PROBE_NAME in template.render(variables)
+    except Exception:  # a template is foreign code; one that wants more than this is judged by its text
+        return "tools" in template.variables
+
+
+def _ends_in_reasoning(segments: Sequence[str | ControlToken], continued: str) -> bool:
+    """Whether the model goes on inside a reasoning block: opened by the template last of all, or in `continued`."""
+    if START in continued or END in continued:
+        return continued.rfind(START) > continued.rfind(END)
+    return "".join(segments[-2:]).rstrip().endswith(START)
 
 
 def _allowed_marks(role: str, key: str) -> frozenset[str]:

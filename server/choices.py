@@ -12,7 +12,17 @@ from dataclasses import dataclass
 from typing import NamedTuple, cast
 
 from lmdserve.engine.api import Chunk, Engine, EngineDeadError, EngineDrainingError, FinishReason, Request, TokenLogprob
-from lmdserve.tools.api import ContentDelta, ControlToken, Event, ToolCallArguments, ToolCallEnd, ToolFormat
+from lmdserve.tools.api import (
+    ContentDelta,
+    ControlToken,
+    Event,
+    ReasoningDelta,
+    ToolCallArguments,
+    ToolCallEnd,
+    ToolFormat,
+    ToolParser,
+)
+from lmdserve.tools.reasoning import ReasoningFormat
 
 from .text import IncrementalDecoder, StopStrings, Tokenizer
 
@@ -43,9 +53,28 @@ class ChoicePlan:
     request: Request
     stops: tuple[str, ...] = ()
     tool_format: ToolFormat | None = None  # None: nothing in the answer is a tool call
+    tool_names: frozenset[str] | None = None  # the tools that were offered
+    reasoning_format: ReasoningFormat | None = None  # None: nothing in the answer is reasoning
+    opens_in_reasoning: bool = False  # the prompt ends inside a reasoning block
     ends_after_first_call: bool = False
     echo: str | None = None  # the prompt's text, given back before the answer
     is_echo_only: bool = False  # the prompt is all that is wanted; the token that the engine adds is dropped
+
+    def make_parser(self) -> ToolParser | None:
+        """Return what reads the answer, or None where all of it is content."""
+        parser = None if self.tool_format is None else self.tool_format.make_parser(tool_names=self.tool_names)
+        if self.reasoning_format is None:
+            return parser
+        openers = frozenset() if self.tool_format is None else self.tool_format.call_openers
+        return self.reasoning_format.make_parser(parser, is_open=self.opens_in_reasoning, call_openers=openers)
+
+    def markers(self, tokenizer: Tokenizer) -> dict[int, ControlToken]:
+        """Return the control tokens that the parser is to see, by id; to a reader some of them are text."""
+        texts: set[str] = set()
+        for part in (self.tool_format, self.reasoning_format):
+            texts |= frozenset() if part is None else part.control_tokens
+        ids = tokenizer.control_tokens
+        return {ids[text]: ControlToken(text, ids[text]) for text in texts if text in ids}
 
 
 class ChoiceStream:
@@ -59,7 +88,8 @@ class ChoiceStream:
         self._tokenizer = tokenizer
         self._decoder = IncrementalDecoder(tokenizer)
         self._stops = StopStrings(plan.stops) if plan.stops else None
-        self._parser = plan.tool_format.make_parser() if plan.tool_format else None
+        self._parser = plan.make_parser()
+        self._markers = plan.markers(tokenizer)
         self._num_calls = 0
         self._stop_matched = False
         self._first_call_ended = False
@@ -115,16 +145,24 @@ class ChoiceStream:
                 return  # a text token out of stop_token_ids: it ended the answer and is no part of it
             if chunk.logprobs is not None and not is_end:
                 self._held_entries.append(_entry(chunk.logprobs[position], self._num_decoded_chars))
-            for piece in self._decoder.feed((token_id,)):
+            for piece in self._pieces(token_id):
                 self._read_piece(piece, events)
             if self._is_cut:
                 return
+
+    def _pieces(self, token_id: int) -> list[str | ControlToken]:
+        """Return what a token adds. The parser's markers are control tokens, even those that a reader sees as text."""
+        marker = self._markers.get(token_id)
+        if marker is None:
+            return self._decoder.feed((token_id,))
+        held = self._decoder.flush()
+        return [held, marker] if held else [marker]
 
     def _read_piece(self, piece: str, events: list[Event]) -> None:
         if isinstance(piece, ControlToken):
             if self._stops is not None:
                 self._show(self._stops.flush(), events)  # a stop string does not reach across a control token
-            if self._parser is not None:
+            if self._parser is not None and piece.token_id in self._markers:
                 self._take(self._parser.feed(piece), events)
             return
         self._num_decoded_chars += len(piece)
@@ -248,6 +286,8 @@ def _coalesce(events: list[Event]) -> tuple[Event, ...]:
         previous = joined[-1] if joined else None
         if isinstance(event, ContentDelta) and isinstance(previous, ContentDelta):
             joined[-1] = ContentDelta(previous.text + event.text)
+        elif isinstance(event, ReasoningDelta) and isinstance(previous, ReasoningDelta):
+            joined[-1] = ReasoningDelta(previous.text + event.text)
         elif (
             isinstance(event, ToolCallArguments)
             and isinstance(previous, ToolCallArguments)

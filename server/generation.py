@@ -11,9 +11,10 @@ from typing import Any, TypeVar
 
 from lmdserve.engine.api import EngineInfo, Request, SamplingParams
 from lmdserve.tools.api import ToolFormat
+from lmdserve.tools.code_call import CODE_TOOL_NAME
 from lmdserve.tools.schema import ToolSchemaError, normalize_tools
 
-from .chat import ChatTemplateError
+from .chat import ChatTemplateError, Prompt
 from .choices import ChoicePlan
 from .errors import BadRequestError, ModelNotFoundError, UnsupportedFieldError
 from .model import ServedModel
@@ -44,24 +45,36 @@ class Planner:
         """Return the n choices of a chat request."""
         self.check_model(request.model)
         tools = _tools(request)
-        tool_format = self._tool_format() if tools else None
-        prompt_token_ids = await self._render(request, tools)
+        tool_names = _tool_names(request, tools)
+        tool_format = self._tool_format(tools) if tools else self.model.renderer.tool_format if tool_names else None
+        prompt = await self._render(request, tools)
         turn_ends = frozenset() if request.ignore_eos else self.model.renderer.stop_token_ids
-        room = max(1, self.info.session_len - len(prompt_token_ids))
+        room = max(1, self.info.session_len - len(prompt.token_ids))
         sampling = self._sampling(request, request.token_limit or room, request.num_logprobs, turn_ends)
         plan = ChoicePlan(
             index=0,
             request=Request(
                 uid=uid,
-                prompt_token_ids=prompt_token_ids,
+                prompt_token_ids=prompt.token_ids,
                 sampling=sampling,
                 deterministic=bool(request.deterministic),
             ),
             stops=request.stops,
             tool_format=tool_format,
+            tool_names=tool_names,
+            reasoning_format=self.model.renderer.reasoning_format,
+            opens_in_reasoning=prompt.opens_in_reasoning,
             ends_after_first_call=request.parallel_tool_calls is False,
         )
         return _choices(plan, uid, request.n or 1)
+
+    async def render_chat(self, request: ChatRequest) -> Prompt:
+        """Return the prompt of a chat request, as `plan_chat` has it, without generating anything."""
+        self.check_model(request.model)
+        tools = _tools(request)
+        if tools:
+            self._tool_format(tools)
+        return await self._render(request, tools)
 
     async def plan_completion(self, request: CompletionRequest, uid: str) -> list[ChoicePlan]:
         """Return the choices of a completion request: n of the first prompt, then n of the second, ..."""
@@ -88,12 +101,12 @@ class Planner:
             plans += _choices(plan, uid, num_choices)
         return plans
 
-    async def _render(self, request: ChatRequest, tools: Sequence[Mapping[str, Any]]) -> list[int]:
+    async def _render(self, request: ChatRequest, tools: Sequence[Mapping[str, Any]]) -> Prompt:
         messages = [message.for_template() for message in request.messages]
         renderer, template_kwargs = self.model.renderer, request.chat_template_kwargs or {}
 
-        def render() -> list[int]:
-            return renderer.render(
+        def render() -> Prompt:
+            return renderer.prepare(
                 messages,
                 tools=tools,
                 add_generation_prompt=request.add_generation_prompt is not False,
@@ -127,7 +140,7 @@ class Planner:
     def _echo(self, prompt: str | list[int], prompt_token_ids: Sequence[int]) -> str:
         return prompt if isinstance(prompt, str) else self.model.tokenizer.decode(prompt_token_ids)
 
-    def _tool_format(self) -> ToolFormat:
+    def _tool_format(self, tools: Sequence[Mapping[str, Any]]) -> ToolFormat:
         tool_format = self.model.renderer.tool_format
         if tool_format is None:
             raise UnsupportedFieldError(
@@ -135,6 +148,13 @@ class Planner:
                 "leave tools out, or serve a model that has one",
                 param="tools",
             )
+        for position, tool in enumerate(tools):
+            if tool["type"] == CODE_TOOL_NAME and not tool_format.takes_code:
+                raise UnsupportedFieldError(
+                    f"tools[{position}].type: the model {self.model.name!r} has no code interpreter; offer a function "
+                    "that takes the code",
+                    param=f"tools[{position}].type",
+                )
         return tool_format
 
     def _sampling(
@@ -194,6 +214,15 @@ def _tools(request: ChatRequest) -> list[dict[str, Any]]:
                 param=f"tools[{position}].function.strict",
             )
     return [] if request.tool_choice == "none" else tools
+
+
+def _tool_names(request: ChatRequest, tools: Sequence[Mapping[str, Any]]) -> frozenset[str]:
+    """Return what the model may call: the tools, and those that a template's own variable offers by name."""
+    names = {tool["function"]["name"] if "function" in tool else tool["type"] for tool in tools}
+    builtin = (request.chat_template_kwargs or {}).get("builtin_tools")
+    if isinstance(builtin, list) and request.tool_choice != "none":
+        names |= {name for name in builtin if isinstance(name, str)}
+    return frozenset(names)
 
 
 def _min_tokens(request: SamplingFields, max_tokens: int) -> int:

@@ -28,6 +28,7 @@ def describe_api() -> dict[str, Any]:
         "security": [{}, {"key": []}],
         "paths": {
             "/v1/chat/completions": {"post": _generation("createChatCompletion", chat_body, "chat.completion")},
+            "/v1/chat/render": {"post": _render(chat_body)},
             "/v1/completions": {"post": _generation("createCompletion", completion_body, "text_completion")},
             "/v1/models": {"get": _get("listModels", "The served model, as a list", _ref("ModelList"))},
             "/v1/models/{model}": {"get": _get_model()},
@@ -63,6 +64,25 @@ def _generation(operation_id: str, body: dict[str, Any], object_name: str) -> di
         "operationId": operation_id,
         "requestBody": {"required": True, "content": {"application/json": {"schema": body}}},
         "responses": {"200": success, **_errors(400, 401, 404, 413, 415, 429, 500, 503)},
+    }
+
+
+def _render(body: dict[str, Any]) -> dict[str, Any]:
+    reply = _object(
+        {
+            "object": {"const": "chat.render"},
+            "model": {"type": "string"},
+            "prompt": {"type": "string", "description": "control tokens, real and typed ones, are spelled out"},
+            "prompt_token_ids": {"type": "array", "items": {"type": "integer", "minimum": 0}},
+            "num_prompt_tokens": {"type": "integer", "minimum": 0},
+        }
+    )
+    description = "The prompt that /v1/chat/completions would give the model for the same body"
+    success = {"description": description, "content": {"application/json": {"schema": reply}}}
+    return {
+        "operationId": "renderChat",
+        "requestBody": {"required": True, "content": {"application/json": {"schema": body}}},
+        "responses": {"200": success, **_errors(400, 401, 404, 413, 415, 500)},
     }
 
 

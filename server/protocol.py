@@ -51,17 +51,19 @@ class Message(Struct, frozen=True, kw_only=True):
     tool_calls: list[MessageToolCall] | None = None
     tool_call_id: str | None = None
     reasoning_content: str | None = None
+    reasoning: Annotated[str, Meta(description="another name of reasoning_content")] | None = None
 
     def for_template(self) -> dict[str, Any]:
         """Return the message as `ChatRenderer.render` takes it: only the keys that were sent."""
         message: dict[str, Any] = {"role": self.role, "content": self._content_for_template()}
         if self.tool_calls:
             message["tool_calls"] = [_call_for_template(call) for call in self.tool_calls]
-        for key in ("name", "tool_call_id", "reasoning_content"):
-            value = getattr(self, key)
-            if value is not None:
-                message[key] = value
-        return message
+        optional = {
+            "name": self.name,
+            "tool_call_id": self.tool_call_id,
+            "reasoning_content": self.reasoning if self.reasoning_content is None else self.reasoning_content,
+        }
+        return message | {key: value for key, value in optional.items() if value is not None}
 
     def _content_for_template(self) -> str | list[dict[str, str]] | None:
         if isinstance(self.content, list):
@@ -222,10 +224,11 @@ def _call_for_template(call: MessageToolCall) -> dict[str, Any]:
 
 def _check_messages(messages: Sequence[Message]) -> None:
     for position, message in enumerate(messages):
-        if message.content is None and not (message.role == "assistant" and message.tool_calls):
+        has_more_than_content = message.tool_calls or message.reasoning_content or message.reasoning
+        if message.content is None and not (message.role == "assistant" and has_more_than_content):
             raise BadRequestError(
-                f"messages[{position}].content is missing; only an assistant message with tool_calls may go without it "
-                '(send "" for an empty one)',
+                f"messages[{position}].content is missing; only an assistant message with tool_calls or "
+                'reasoning_content may go without it (send "" for an empty one)',
                 param=f"messages[{position}].content",
             )
         if message.tool_calls and message.role != "assistant":
@@ -233,6 +236,14 @@ def _check_messages(messages: Sequence[Message]) -> None:
                 f"messages[{position}].tool_calls: only the assistant calls tools, and this message's role is "
                 f"{message.role!r}",
                 param=f"messages[{position}].tool_calls",
+            )
+        if (
+            None not in (message.reasoning, message.reasoning_content)
+            and message.reasoning != message.reasoning_content
+        ):
+            raise BadRequestError(
+                f"messages[{position}]: reasoning and reasoning_content are two names of one field; send one",
+                param=f"messages[{position}].reasoning",
             )
 
 

@@ -13,6 +13,7 @@ import orjson
 from lmdserve.tools.api import (
     ContentDelta,
     Event,
+    ReasoningDelta,
     ToolCallAborted,
     ToolCallArguments,
     ToolCallEnd,
@@ -133,8 +134,10 @@ class ChatFormat(_Format):
         return self._whole([self._whole_choice(index, parts) for index, parts in _by_choice(updates)])
 
     def _whole_choice(self, index: int, parts: "_Parts") -> dict[str, Any]:
-        content, calls = fold(parts.events)
+        content, calls, reasoning = fold(parts.events)
         message: dict[str, Any] = {"role": "assistant", "content": content}
+        if self._choices[index].plan.reasoning_format is not None:
+            message |= _reasoning(reasoning)
         if calls:
             message["tool_calls"] = [
                 {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
@@ -229,6 +232,8 @@ def _chat_delta(event: Event) -> dict[str, Any] | None:
     match event:
         case ContentDelta(text) | ToolCallAborted(_, text):
             return {"content": text}
+        case ReasoningDelta(text):
+            return _reasoning(text)
         case ToolCallStart(index, call_id, name):
             function = {"name": name, "arguments": ""}
             return {"tool_calls": [{"index": index, "id": call_id, "type": "function", "function": function}]}
@@ -236,6 +241,11 @@ def _chat_delta(event: Event) -> dict[str, Any] | None:
             return {"tool_calls": [{"index": index, "function": {"arguments": fragment}}]}
         case ToolCallEnd():
             return None
+
+
+def _reasoning(text: str | None) -> dict[str, Any]:
+    """Return reasoning under both names that clients look for: DeepSeek's and the newer one."""
+    return {"reasoning_content": text, "reasoning": text}
 
 
 def _shown_bytes(tokenizer: Tokenizer, token_id: int) -> bytes:

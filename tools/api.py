@@ -12,9 +12,9 @@ The contract of a parser, whatever its format:
 """
 
 import secrets
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol, Self, TypeAlias
+from typing import Any, NamedTuple, Protocol, Self, TypeAlias
 
 
 class ControlToken(str):
@@ -37,6 +37,13 @@ Piece: TypeAlias = str
 @dataclass(frozen=True, slots=True)
 class ContentDelta:
     """The next text of the reply's content; never empty."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class ReasoningDelta:
+    """The next text of what the model thought before its answer; never empty, and no part of the content."""
 
     text: str
 
@@ -73,7 +80,7 @@ class ToolCallAborted:
     raw_text: str
 
 
-Event: TypeAlias = ContentDelta | ToolCallStart | ToolCallArguments | ToolCallEnd | ToolCallAborted
+Event: TypeAlias = ContentDelta | ReasoningDelta | ToolCallStart | ToolCallArguments | ToolCallEnd | ToolCallAborted
 
 
 class ToolParser(Protocol):
@@ -97,15 +104,34 @@ class ToolFormat(Protocol):
     def chat_template(self) -> str | None:
         """A Jinja template to use in place of the model's own, which drops tools; None: the model's own handles them.
 
-        Variables: messages, tools, bos_token, add_generation_prompt; rendered with the settings of transformers.
+        Variables: messages, tools, bos_token, eos_token, add_generation_prompt; rendered with the settings of
+        transformers.
         """
 
     @property
     def control_tokens(self) -> frozenset[str]:
-        """The control tokens that must reach the parser as `ControlToken`."""
+        """The control tokens that must reach the parser as `ControlToken`; it sees no others."""
 
-    def make_parser(self, *, match_text: bool = False) -> ToolParser:
-        """Return a parser for one reply; `match_text` recognises markers in text too, where token ids are unknown."""
+    @property
+    def call_openers(self) -> frozenset[str]:
+        """Those of the control tokens that open a call; empty where calls open with plain text."""
+
+    @property
+    def takes_code(self) -> bool:
+        """Whether the tool `{"type": "code_interpreter"}` can be offered."""
+
+    def template_variables(self, tools: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Return the variables through which a template offers these tools."""
+
+    def template_call_id(self, call_id: str) -> str:
+        """Return what stands for a call's id in the prompt: some templates refuse any other form than their own."""
+
+    def make_parser(self, *, match_text: bool = False, tool_names: Collection[str] | None = None) -> ToolParser:
+        """Return a parser for one reply.
+
+        `match_text` recognises markers in text too, where token ids are unknown. `tool_names` are the tools that were
+        offered (None: unknown): formats whose calls have no marker take nothing else for a call.
+        """
 
 
 class ToolCall(NamedTuple):
@@ -121,11 +147,13 @@ class Folded(NamedTuple):
 
     content: str | None
     tool_calls: list[ToolCall]
+    reasoning: str | None = None
 
 
 def fold(events: Iterable[Event]) -> Folded:
     """Return the reply that all of a parser's events, in order, add up to."""
     text: list[str] = []
+    reasoning: list[str] = []
     started: dict[int, ToolCallStart] = {}
     fragments: dict[int, list[str]] = {}
     calls: list[ToolCall] = []
@@ -133,6 +161,8 @@ def fold(events: Iterable[Event]) -> Folded:
         match event:
             case ContentDelta(delta):
                 text.append(delta)
+            case ReasoningDelta(delta):
+                reasoning.append(delta)
             case ToolCallStart(index):
                 started[index] = event
                 fragments[index] = []
@@ -144,7 +174,7 @@ def fold(events: Iterable[Event]) -> Folded:
             case ToolCallAborted(_, raw_text):
                 text.append(raw_text)
     content = "".join(text)
-    return Folded(content if content or not calls else None, calls)
+    return Folded(content if content or not calls else None, calls, "".join(reasoning) or None)
 
 
 def new_call_id() -> str:

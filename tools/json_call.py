@@ -11,12 +11,26 @@ format. The rules:
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
 
 from .api import Event, ToolCallArguments, ToolCallEnd, ToolCallStart, new_call_id
 from .json_scanner import JsonScanner, ScanState, skip_whitespace
 
 ARGUMENT_KEYS = frozenset({"parameters", "arguments"})
+CALL_KEYS = frozenset({"name", "type", "id"}) | ARGUMENT_KEYS
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CallRules:
+    """What sets one format's calls apart from another's. The defaults take any object that is a call."""
+
+    keys: Collection[str] | None = None  # the members that an object may have if it is to be a call
+    names: Collection[str] | None = None  # the functions that can be called
+    new_id: Callable[[], str] = new_call_id
+
+
+ANY_CALL = CallRules()
 
 
 class JsonCall:
@@ -25,10 +39,11 @@ class JsonCall:
     `indices` gives the call's index, and is asked only if the call starts.
     """
 
-    def __init__(self, indices: Iterator[int]) -> None:
+    def __init__(self, indices: Iterator[int], rules: CallRules = ANY_CALL) -> None:
         self.state = ScanState.OPEN
         self.index: int | None = None  # not None once ToolCallStart went out
         self._indices = indices
+        self._rules = rules
         self._events: list[Event] = []
         self._scanner = JsonScanner()
         self._name: str | None = None
@@ -90,6 +105,8 @@ class JsonCall:
         if position == len(text):
             return position
         key = json.loads("".join(self._captured))
+        if self._rules.keys is not None and key not in self._rules.keys:
+            return self._fail(position)
         if key == "name":
             if self._name is not None or text[position] != '"':
                 return self._fail(position)
@@ -108,7 +125,7 @@ class JsonCall:
         if self._scanner.state is not ScanState.DONE:
             return end
         name = json.loads("".join(self._captured))
-        if not name or not _is_unicode(name):
+        if not name or not is_unicode(name) or (self._rules.names is not None and name not in self._rules.names):
             return self._fail(end)
         self._name = name
         if self._has_arguments:
@@ -162,7 +179,7 @@ class JsonCall:
         if self.index is None:
             assert self._name is not None
             self.index = next(self._indices)
-            self._events.append(ToolCallStart(self.index, new_call_id(), self._name))
+            self._events.append(ToolCallStart(self.index, self._rules.new_id(), self._name))
         self._events.append(ToolCallArguments(self.index, fragment))
 
     def _close(self, position: int) -> int:
@@ -180,6 +197,6 @@ class JsonCall:
         return position
 
 
-def _is_unicode(text: str) -> bool:
+def is_unicode(text: str) -> bool:
     """Return False for text with lone surrogates (`"\\ud800"` is JSON), which no reply could carry."""
     return not any("\ud800" <= character <= "\udfff" for character in text)

@@ -12,6 +12,7 @@ def routes() -> list[web.RouteDef]:
     """Return all routes; GET answers HEAD too."""
     return [
         web.post("/v1/chat/completions", openai.create_chat_completion),
+        web.post("/v1/chat/render", openai.render_chat),
         web.post("/v1/completions", openai.create_completion),
         web.get("/v1/models", openai.list_models),
         web.get("/v1/models/{model:.+}", openai.retrieve_model),

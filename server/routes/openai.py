@@ -28,6 +28,21 @@ async def create_chat_completion(request: web.Request) -> web.StreamResponse:
         return await _reply(request, body, uid, await services.planner.plan_chat(body, uid), ChatFormat)
 
 
+async def render_chat(request: web.Request) -> web.Response:
+    """POST /v1/chat/render: the prompt that /v1/chat/completions would give the model for the same body"""
+    services = request.app[SERVICES]
+    prompt = await services.planner.render_chat(await _read(request, ChatRequest))
+    return _json(
+        {
+            "object": "chat.render",
+            "model": services.model.name,
+            "prompt": prompt.text,
+            "prompt_token_ids": prompt.token_ids,
+            "num_prompt_tokens": len(prompt.token_ids),
+        }
+    )
+
+
 async def create_completion(request: web.Request) -> web.StreamResponse:
     """POST /v1/completions"""
     services = request.app[SERVICES]

@@ -10,6 +10,7 @@ import pytest
 from server_fakes import CONTROL_IDS, IM_END, SESSION_LEN, FakeEngine, answer, text_ids, with_logprobs
 
 from lmdserve.engine.api import FinishReason, Request
+from lmdserve.server.chat import Prompt
 from lmdserve.server.model import ServedModel
 
 USER = [{"role": "user", "content": "Hi"}]
@@ -365,13 +366,13 @@ async def test_a_long_prompt_is_rendered_off_the_event_loop(
     client: openai.AsyncOpenAI, engine: FakeEngine, model: ServedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     threads: list[str] = []
-    render = type(model.renderer).render
+    prepare = type(model.renderer).prepare
 
-    def spying(*args: Any, **kwargs: Any) -> list[int]:
+    def spying(*args: Any, **kwargs: Any) -> Prompt:
         threads.append(threading.current_thread().name)
-        return render(*args, **kwargs)
+        return prepare(*args, **kwargs)
 
-    monkeypatch.setattr(type(model.renderer), "render", spying)
+    monkeypatch.setattr(type(model.renderer), "prepare", spying)
     await client.chat.completions.create(model="toy", messages=USER)
     await client.chat.completions.create(model="toy", messages=[{"role": "user", "content": "x" * 2500}])
     assert threads[0] == threading.main_thread().name
