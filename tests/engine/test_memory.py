@@ -11,7 +11,9 @@ import torch
 from lmdserve.engine import loop, memory_device
 from lmdserve.engine.api import ConfigError
 from lmdserve.engine.config import EngineConfig
-from lmdserve.engine.memory import KVCachePlan, plan_kv_cache
+from lmdserve.engine.memory import KVCachePlan, MemoryPlan, plan_kv_cache, plan_memory
+from lmdserve.engine.memory_device import MemoryDevice
+from lmdserve.engine.model_config import ModelConfig
 
 MIB = 2**20
 
@@ -147,3 +149,75 @@ def test_a_gpu_asked_for_and_absent_is_refused(tiny_checkpoint: Path) -> None:
 def test_a_compute_type_asked_for_is_used(tiny_checkpoint: Path, dtype: str) -> None:
     engine = loop.load_engine(_config(tiny_checkpoint, dtype=dtype))
     assert str(engine._stepper._runner._kv_cache.dtype) == f"torch.{dtype}"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("20GiB", 20 * 2**30),
+        ("20.5 gib", 41 * 2**29),
+        ("20GB", 20 * 10**9),
+        ("512MiB", 512 * 2**20),
+        ("1e3", None),
+        ("1000", 1000),
+        ("7 b", 7),
+        ("-1GiB", None),
+        ("GiB", None),
+        ("3 bytes", None),
+    ],
+)
+def test_amounts_of_memory_are_read_with_their_unit(text: str, expected: int | None) -> None:
+    if expected is not None:
+        assert EngineConfig(max_gpu_memory=text).max_gpu_memory == expected
+        return
+    with pytest.raises(ConfigError, match=r"--max-gpu-memory: .* is no amount of memory"):
+        EngineConfig(max_gpu_memory=text)
+
+
+GPU = MemoryDevice("cuda", "GPU", 24 * 2**30, 24 * 2**30, (9, 0))
+
+
+def _gpu_plan(folder: Path, device: MemoryDevice = GPU, **options: Any) -> MemoryPlan:
+    return plan_memory(EngineConfig(**options), ModelConfig.from_folder(folder), device)
+
+
+def test_a_share_is_of_what_weights_and_buffers_leave(tiny_checkpoint: Path) -> None:
+    plan = _gpu_plan(tiny_checkpoint, cache_max_entry_count=0.5, max_batch_size=10**6, max_prefill_token_num=8)
+    left = plan.limit_bytes - plan.fixed_bytes
+    assert plan.kv_bytes == pytest.approx(left / 2, abs=2 * plan.bytes_per_block)
+    assert plan.peak_bytes == plan.fixed_bytes + plan.kv_bytes
+    assert plan.num_tokens == plan.num_blocks * 64
+
+
+def test_a_cap_takes_the_place_of_free_memory(tiny_checkpoint: Path) -> None:
+    options = {"cache_max_entry_count": 0.9, "max_batch_size": 10**5, "max_prefill_token_num": 8}
+    assert _gpu_plan(tiny_checkpoint, max_gpu_memory="4GiB", **options).peak_bytes <= 4 * 2**30
+    busy = GPU._replace(free_bytes=3 * 2**30)
+    with pytest.raises(ConfigError, match=r"--max-gpu-memory is 4\.00 GiB and 3\.00 GiB of the 24\.00 GiB of GPU are"):
+        _gpu_plan(tiny_checkpoint, busy, max_gpu_memory="4GiB", **options)
+
+
+def test_prefill_steps_are_larger_on_a_gpu(tiny_checkpoint: Path) -> None:
+    assert _gpu_plan(tiny_checkpoint).max_prefill_tokens == 8192
+    cpu = MemoryDevice("cpu", "CPU", 8 * 2**30, 8 * 2**30)
+    assert _gpu_plan(tiny_checkpoint, cpu).max_prefill_tokens == 2048
+    assert _gpu_plan(tiny_checkpoint, max_prefill_token_num=100).max_prefill_tokens == 100
+
+
+def test_the_compute_type_is_the_checkpoints_on_a_gpu_alone(tiny_checkpoint: Path) -> None:
+    cpu = MemoryDevice("cpu", "CPU", 8 * 2**30, 8 * 2**30)
+    assert _gpu_plan(tiny_checkpoint, cpu, dtype="bfloat16").dtype_name == "bfloat16"
+    assert _gpu_plan(tiny_checkpoint).dtype_name == "float32"
+
+
+def test_a_model_too_large_is_refused_with_every_part(tiny_checkpoint: Path) -> None:
+    small = GPU._replace(free_bytes=100 * MIB)
+    with pytest.raises(
+        ConfigError, match=r"needs .* before its KV cache \(weights .*, CUDA context .*\) and 0\.10 GiB"
+    ):
+        _gpu_plan(tiny_checkpoint, small)
+
+
+def test_sequences_are_counted_in_whole_blocks_and_never_beyond_the_batch(tiny_checkpoint: Path) -> None:
+    plan = _gpu_plan(tiny_checkpoint, cache_max_entry_count=10.0, max_batch_size=4)
+    assert [plan.num_sequences(length) for length in (64, 65, 320, 321, 641)] == [4, 4, 2, 1, 0]
