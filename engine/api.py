@@ -77,6 +77,7 @@ class Chunk(NamedTuple):
     prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
     num_cached_tokens: int = 0  # prompt tokens that came from the prefix cache
     finish_reason: FinishReason | None = None
+    queued_s: float | None = None  # with the first chunk: how long the request waited for its first step
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,6 +104,10 @@ class EngineStats:
     preemptions_total: int
     steps_total: int
     heartbeat_age_s: float  # since the loop last finished a step or slept with nothing to do
+    drafted_tokens_total: int = 0  # guessed tokens that a step checked
+    accepted_tokens_total: int = 0  # those that were right
+    device_busy_s_total: float = 0.0  # in steps; 0 where it is not measured
+    device_idle_s_total: float = 0.0  # between the end of a step and the begin of one that was launched before that end
 
 
 class Engine(Protocol):

@@ -6,7 +6,7 @@ Nothing here knows JSON: `replies.py` puts updates into OpenAI's shapes.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import NamedTuple, cast
@@ -85,6 +85,7 @@ class ChoiceStream:
         self.is_over = False
         self.num_completion_tokens = 0
         self.num_cached_tokens = 0
+        self.queued_s: float | None = None  # known with the first chunk
         self._tokenizer = tokenizer
         self._decoder = IncrementalDecoder(tokenizer)
         self._stops = StopStrings(plan.stops) if plan.stops else None
@@ -96,6 +97,8 @@ class ChoiceStream:
         self._is_first_chunk = True
         self._held_entries: list[TokenEntry] = []  # in order; their text may still turn out to be a stop string
         self._num_decoded_chars = self._num_shown_chars = len(plan.echo or "")
+        wants_logprobs = plan.request.sampling.num_logprobs is not None
+        self._is_plain = not (self._stops or self._parser or wants_logprobs or plan.is_echo_only)
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -103,11 +106,14 @@ class ChoiceStream:
 
     def feed(self, chunk: Chunk) -> ChoiceUpdate:
         """Take the next chunk and return what it settles."""
+        if self._is_plain and chunk.finish_reason is None and not self._is_first_chunk:
+            return self._feed_plain(chunk)
         self.num_cached_tokens = max(self.num_cached_tokens, chunk.num_cached_tokens)
         events: list[Event] = []
         entries: list[TokenEntry] = []
         if self._is_first_chunk:
             self._is_first_chunk = False
+            self.queued_s = chunk.queued_s
             self._echo_prompt(chunk, events, entries)
         if self.plan.is_echo_only:
             finish_reason: str | None = "length"
@@ -117,6 +123,13 @@ class ChoiceStream:
             entries += self._release_entries(is_last=finish_reason is not None)
         self.is_over = finish_reason is not None
         return ChoiceUpdate(self.plan.index, _coalesce(events), tuple(entries), finish_reason)
+
+    def _feed_plain(self, chunk: Chunk) -> ChoiceUpdate:
+        """Do what `feed` does with a chunk in the middle of an answer whose text nothing else reads: 2 us, not 5."""
+        self.num_completion_tokens += len(chunk.token_ids)
+        feed_one = self._decoder.feed_one
+        text = "".join([piece for token_id in chunk.token_ids for piece in feed_one(token_id) if type(piece) is str])
+        return ChoiceUpdate(self.plan.index, (ContentDelta(text),) if text else (), (), None)
 
     @property
     def _is_cut(self) -> bool:
@@ -154,7 +167,7 @@ class ChoiceStream:
         """Return what a token adds. The parser's markers are control tokens, even those that a reader sees as text."""
         marker = self._markers.get(token_id)
         if marker is None:
-            return self._decoder.feed((token_id,))
+            return self._decoder.feed_one(token_id)
         held = self._decoder.flush()
         return [held, marker] if held else [marker]
 
@@ -214,15 +227,17 @@ class ChoiceStream:
 
 
 async def stream_updates(
-    engine: Engine, choices: Sequence[ChoiceStream]
+    engine: Engine, choices: Sequence[ChoiceStream], on_output: Callable[[], None]
 ) -> AsyncGenerator[Sequence[ChoiceUpdate], None]:
     """Generate all choices at once and yield, each time, everything that came since the last time.
 
-    Closing the generator, or an error in any choice, ends them all: no sequence stays behind in the engine.
+    Closing the generator, or an error in any choice, ends them all: no sequence stays behind in the engine. `on_output`
+    is called before each yield.
     """
     if len(choices) == 1:  # most requests: no tasks and no queue, which would double the cost of a token here
         async with aclosing(_run(engine, choices[0])) as own_updates:
             async for update in own_updates:
+                on_output()
                 yield (update,)
         return
     ready: asyncio.Queue[ChoiceUpdate | Exception] = asyncio.Queue(maxsize=len(choices))  # full: the engine bundles
@@ -232,6 +247,7 @@ async def stream_updates(
         while num_running:
             updates = [_update_or_raise(item) for item in await _drain(ready)]
             num_running -= sum(update.finish_reason is not None for update in updates)
+            on_output()
             yield updates
     finally:
         for task in tasks:

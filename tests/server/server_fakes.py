@@ -18,6 +18,7 @@ CONTROL_IDS = {text: 256 + position for position, text in enumerate(CONTROL_TOKE
 IM_END = CONTROL_IDS["<|im_end|>"]
 VOCAB_SIZE = 256 + len(CONTROL_TOKENS)
 SESSION_LEN = 4096
+QUEUED_S = 0.125  # what every request is said to have waited
 
 Script = Iterable[Chunk | float | Exception]
 
@@ -88,7 +89,7 @@ class FakeEngine:
         assert request.uid not in self.live
         self.requests.append(request)
         self.live.add(request.uid)
-        is_done = False
+        is_done = is_begun = False
         try:
             for item in self.script(request):
                 if isinstance(item, Exception):
@@ -97,7 +98,8 @@ class FakeEngine:
                 await asyncio.sleep(item if isinstance(item, float) else 0)
                 if isinstance(item, Chunk):
                     is_done = item.finish_reason is not None
-                    yield item
+                    yield item if is_begun else item._replace(queued_s=QUEUED_S)
+                    is_begun = True
         finally:
             self.live.remove(request.uid)
             if not is_done:
@@ -107,7 +109,8 @@ class FakeEngine:
         return EngineStats(
             num_running=len(self.live), num_waiting=2, num_total_blocks=100, num_used_blocks=25, num_cached_blocks=10,
             prompt_tokens_total=1000, generation_tokens_total=500, cached_tokens_total=300, preemptions_total=1,
-            steps_total=77, heartbeat_age_s=0.25,
+            steps_total=77, heartbeat_age_s=0.25, drafted_tokens_total=40, accepted_tokens_total=30,
+            device_busy_s_total=9.5, device_idle_s_total=0.5,
         )  # fmt: skip
 
     def check_health(self) -> None:

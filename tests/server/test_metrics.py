@@ -40,7 +40,9 @@ async def test_the_engines_numbers_are_shown(session: aiohttp.ClientSession, url
         "lmdserve_kv_blocks_used": 25, "lmdserve_kv_blocks_cached": 10, "lmdserve_kv_usage_ratio": 0.25,
         "lmdserve_engine_heartbeat_age_seconds": 0.25, "lmdserve_prompt_tokens_total": 1000,
         "lmdserve_generation_tokens_total": 500, "lmdserve_cached_tokens_total": 300,
-        "lmdserve_preemptions_total": 1, "lmdserve_engine_steps_total": 77,
+        "lmdserve_preemptions_total": 1, "lmdserve_engine_steps_total": 77, "lmdserve_drafted_tokens_total": 40,
+        "lmdserve_accepted_tokens_total": 30, "lmdserve_device_busy_seconds_total": 9.5,
+        "lmdserve_device_idle_seconds_total": 0.5,
     }  # fmt: skip
     assert {name: samples[name, ()] for name in expected} == expected
     assert samples["process_resident_memory_bytes", ()] > 2**20
@@ -70,6 +72,8 @@ async def test_outcomes_and_latencies_are_counted(session: aiohttp.ClientSession
     assert samples["lmdserve_inter_token_latency_seconds_count", ()] == 2 * 3
     assert 6 * 0.02 <= samples["lmdserve_inter_token_latency_seconds_sum", ()] < 1.0
     assert samples["lmdserve_request_latency_seconds_count", ()] == 2
+    assert samples["lmdserve_queue_time_seconds_count", ()] == 2
+    assert samples["lmdserve_queue_time_seconds_sum", ()] == pytest.approx(2 * 0.125)
     assert samples["lmdserve_http_requests_active", ()] == 1  # this scrape
 
 
