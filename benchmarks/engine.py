@@ -236,8 +236,8 @@ def row(config: EngineConfig, work: Work, runs: list[Run], floor: Floor | None, 
         Path(config.model).name,
         str(config.quant_policy or "as dtype"),
         work.name,
-        f"{value:.4g} {work.unit}" if value < 1000 else f"{value:.0f} {work.unit}",
-        "-" if floor_value is None else f"{floor_value:.4g}",
+        f"{number(value)} {work.unit}",
+        "-" if floor_value is None else number(floor_value),
         "-" if floor_value is None else f"{work.share_of_floor(value, floor_value):.0%}",
         f"{statistics.median(idle_shares):.1%}" if idle_shares else "-",
         str(runs[-1].num_steps),
@@ -246,10 +246,14 @@ def row(config: EngineConfig, work: Work, runs: list[Run], floor: Floor | None, 
     return f"| {' | '.join(cells)} |"
 
 
+def number(value: float) -> str:
+    return f"{value:.4g}" if value < 1000 else f"{value:,.0f}"
+
+
 async def profiled_step(engine: AsyncEngine, model: ModelConfig, rng: random.Random) -> str:
     """Return the kernels of a decode step at batch 1, most time first; copies and fills of memory are not kernels."""
     prompt = rng.choices(range(engine.info.vocab_size), k=PROFILED_CONTEXT_LEN)
-    profiler = profile(activities=[ProfilerActivity.CUDA])
+    profiler = profile(activities=[ProfilerActivity.CUDA], acc_events=True)
     first_step = None
     async for _ in engine.generate(request("profiled", prompt, DECODE_OUTPUT_LEN)):
         if first_step is None:
