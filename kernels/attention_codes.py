@@ -246,50 +246,55 @@ def query_operand(first, second, HEAD_DIM: tl.constexpr, BITS: tl.constexpr):  #
 
 @triton.jit
 def key_operand(words, HEAD_DIM: tl.constexpr, BITS: tl.constexpr, ASSEMBLY: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Turn a tile of the cache's words [tokens, HEAD_DIM * BITS / 32] into biased codes, fp16 [tokens, HEAD_DIM]."""
-    TOKENS: tl.constexpr = words.shape[0]
+    """Turn tiles of the cache's words [tiles, tokens, HEAD_DIM * BITS / 32] into biased codes, fp16 [.., HEAD_DIM]."""
+    TILES: tl.constexpr = words.shape[0]
+    TOKENS: tl.constexpr = words.shape[1]
     if BITS == 4:
         n0, n4, n1, n5, n2, n6, n3, n7 = _key_nibbles(words, ASSEMBLY)
         evens = tl.join(tl.join(n0, n2), tl.join(n1, n3))
         odds = tl.join(tl.join(n4, n6), tl.join(n5, n7))
-        codes = tl.join(evens, odds).reshape(TOKENS, 4, HEAD_DIM // 32, 2, 4)  # lane, block, quad, member
-        return codes.permute(0, 2, 3, 1, 4).reshape(TOKENS, HEAD_DIM)
+        codes = tl.join(evens, odds).reshape(TILES, TOKENS, 4, HEAD_DIM // 32, 2, 4)  # lane, block, quad, member
+        return codes.permute(0, 1, 3, 4, 2, 5).reshape(TILES, TOKENS, HEAD_DIM)
     else:
         b0, b1, b2, b3 = _key_bytes(words, ASSEMBLY)
-        codes = tl.join(tl.join(b0, b2), tl.join(b1, b3)).reshape(TOKENS, HEAD_DIM // 64, 4, 4, 4)
-        return codes.permute(0, 1, 3, 2, 4).reshape(TOKENS, HEAD_DIM)
+        codes = tl.join(tl.join(b0, b2), tl.join(b1, b3)).reshape(TILES, TOKENS, HEAD_DIM // 64, 4, 4, 4)
+        return codes.permute(0, 1, 2, 4, 3, 5).reshape(TILES, TOKENS, HEAD_DIM)
 
 
 @triton.jit
 def value_operand(words, HEAD_DIM: tl.constexpr, BITS: tl.constexpr, ASSEMBLY: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Turn a tile of the cache's words into biased codes, fp16 [tokens, HEAD_DIM], columns as `natural_order` knows."""
-    TOKENS: tl.constexpr = words.shape[0]
-    WORDS: tl.constexpr = words.shape[1]
-    even, odd = tl.split(words.reshape(TOKENS // 2, 2, WORDS).permute(0, 2, 1))
+    """Turn tiles of the cache's words into biased codes, transposed, fp16 [tiles, HEAD_DIM, tokens].
+
+    Elements are ordered as `natural_order` knows.
+    """
+    TILES: tl.constexpr = words.shape[0]
+    TOKENS: tl.constexpr = words.shape[1]
+    WORDS: tl.constexpr = words.shape[2]
+    even, odd = tl.split(words.reshape(TILES, TOKENS // 2, 2, WORDS).permute(0, 1, 3, 2))
     if BITS == 4:
         e0, o0, e1, o1, e2, o2, e3, o3, e4, o4, e5, o5, e6, o6, e7, o7 = _value_nibbles(even, odd, ASSEMBLY)
         evens = tl.join(tl.join(tl.join(e0, e4), tl.join(e2, e6)), tl.join(tl.join(e1, e5), tl.join(e3, e7)))
         odds = tl.join(tl.join(tl.join(o0, o4), tl.join(o2, o6)), tl.join(tl.join(o1, o5), tl.join(o3, o7)))
-        codes = tl.join(evens, odds).reshape(TOKENS // 2, 8, WORDS // 8, 8, 2)  # lane, word, nibble, token
+        codes = tl.join(evens, odds).reshape(TILES, TOKENS // 2, 8, WORDS // 8, 8, 2)  # lane, word, nibble, token
     else:
         e0, o0, e1, o1, e2, o2, e3, o3 = _value_bytes(even, odd, ASSEMBLY)
         evens = tl.join(tl.join(e0, e2), tl.join(e1, e3))
         odds = tl.join(tl.join(o0, o2), tl.join(o1, o3))
-        codes = tl.join(evens, odds).reshape(TOKENS // 2, 8, WORDS // 8, 4, 2)  # lane, word, byte, token
-    return codes.permute(0, 4, 2, 3, 1).reshape(TOKENS, HEAD_DIM)
+        codes = tl.join(evens, odds).reshape(TILES, TOKENS // 2, 8, WORDS // 8, 4, 2)  # lane, word, byte, token
+    return codes.permute(0, 3, 4, 2, 1, 5).reshape(TILES, HEAD_DIM, TOKENS)
 
 
 @triton.jit
-def natural_order(columns, HEAD_DIM: tl.constexpr, BITS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Bring a product with `value_operand` [rows, HEAD_DIM] back to the head's own order."""
-    ROWS: tl.constexpr = columns.shape[0]
+def natural_order(elements, HEAD_DIM: tl.constexpr, BITS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Bring a product of `value_operand` [HEAD_DIM, heads] back to the head's own order and turn it: [heads, HEAD_DIM]."""
+    HEADS: tl.constexpr = elements.shape[1]
     if BITS == 4:
-        blocks = columns.reshape(ROWS, HEAD_DIM // 64, 4, 2, 8)  # word, byte, half, lane
-        return blocks.permute(0, 3, 4, 1, 2).reshape(ROWS, HEAD_DIM)
+        blocks = elements.reshape(HEAD_DIM // 64, 4, 2, 8, HEADS)  # word, byte, half, lane
+        return blocks.permute(4, 2, 3, 0, 1).reshape(HEADS, HEAD_DIM)
     elif BITS == 8:
-        return columns.reshape(ROWS, HEAD_DIM // 32, 4, 8).permute(0, 3, 1, 2).reshape(ROWS, HEAD_DIM)
+        return elements.reshape(HEAD_DIM // 32, 4, 8, HEADS).permute(3, 2, 0, 1).reshape(HEADS, HEAD_DIM)
     else:
-        return columns
+        return elements.T
 
 
 @triton.jit

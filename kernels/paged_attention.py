@@ -43,10 +43,11 @@ from .launch import is_interpreted, launch_options, release_next_kernel, wait_fo
 # Columns of the products, one a query head. Tokens and elements are the rows (swapped operands), so that a group's few
 # heads fill the narrow side of mma.m16n8k16 and not its 16 rows.
 _HEAD_COLUMNS = 8
-# Tokens a tile, warps a program and tiles in flight.
-_TILE_TOKENS = {4: 64, 8: 64, 16: 64}
-_NUM_WARPS = {4: 1, 8: 1, 16: 4}
-_NUM_STAGES = {4: 3, 8: 3, 16: 3}
+_REDUCED_AT_ONCE = 8
+# Tokens a tile, tiles (one a warp) that a program takes at a time, and how many such times are in flight.
+_TILE_TOKENS = {4: 32, 8: 32, 16: 16}
+_NUM_WARPS = {4: 4, 8: 4, 16: 4}
+_NUM_STAGES = {4: 3, 8: 2, 16: 3}
 # The cache's word of a place that is not there: scale one, minimum zero.
 _NEUTRAL_SCALES = tl.constexpr(0x3F80)
 
@@ -118,8 +119,10 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
     BITS: tl.constexpr,
     WINDOW: tl.constexpr,
     ROWS: tl.constexpr,
+    TILES: tl.constexpr,
     TILE: tl.constexpr,
     COLUMNS: tl.constexpr,
+    PARTS: tl.constexpr,
     APPENDS: tl.constexpr,
     HAS_NORM: tl.constexpr,
     ASSEMBLY: tl.constexpr,
@@ -132,13 +135,14 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
     kv_head = tl.program_id(0)
     part = tl.program_id(1)
     row, context_len, first, end, number, num_parts = _find_part(
-        context_lens, num_rows, num_splits, part, ROWS, TILE, WINDOW, APPENDS
+        context_lens, num_rows, num_splits, part, ROWS, TILES * TILE, WINDOW, APPENDS
     )
     if row >= num_rows:
         return
     table = block_tables + tl.load(table_rows + row).to(tl.int64) * table_stride
     value_places = num_blocks.to(tl.int64) * (KV_HEADS * BLOCK_SIZE)
-    block = tl.load(table + first // BLOCK_SIZE, mask=first < end, other=0)
+    starts = first + tl.arange(0, TILES)[:, None] * TILE
+    blocks = tl.load(table + starts // BLOCK_SIZE, mask=starts < end, other=0)
 
     wait_for_previous_kernel(PDL)
     heads = tl.arange(0, COLUMNS)
@@ -161,12 +165,13 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
     second_sum = tl.sum(query_second.to(tl.float32), axis=1)
     query_sum = first_sum + second_sum
     operand = query_operand(query_first, query_second, HEAD_DIM, BITS).T
+    operand = tl.broadcast_to(operand[None, :, :], (TILES, HEAD_DIM, COLUMNS))
 
-    best = tl.full((COLUMNS,), float("-inf"), tl.float32)  # largest z so far
-    denominator = tl.zeros((COLUMNS,), tl.float32)
-    minimums = tl.zeros((COLUMNS,), tl.float32)  # sum of weight * minimum
-    weight_sum = tl.zeros((COLUMNS,), tl.float32)  # sum of the weights as the product saw them, for the bias
-    total = tl.zeros((HEAD_DIM, COLUMNS), tl.float32)
+    best = tl.full((TILES, COLUMNS), float("-inf"), tl.float32)  # largest z so far
+    denominator = tl.zeros((TILES, COLUMNS), tl.float32)
+    minimums = tl.zeros((TILES, COLUMNS), tl.float32)  # sum of weight * minimum
+    weight_sum = tl.zeros((TILES, COLUMNS), tl.float32)  # sum of the weights as the product saw them, for the bias
+    total = tl.zeros((TILES, HEAD_DIM, COLUMNS), tl.float32)
     if APPENDS:
         if (number == num_parts - 1) & (context_len > 0):
             position = context_len - 1
@@ -187,30 +192,35 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
             value_first, value_second, value_scale, value_minimum = store_rows(
                 data, scales, place + value_places, one, value_first, value_second, HEAD_DIM, BITS
             )
-            best = tl.sum(products, axis=1) + tl.sum(tl.math.log2(value_scale))  # sums of one element
-            denominator = best * 0.0 + tl.sum(1.0 / value_scale)
+            is_first_tile = (tl.arange(0, TILES) == 0)[:, None]
+            z = tl.sum(products, axis=1) + tl.sum(tl.math.log2(value_scale))  # a sum of one element
+            best = tl.where(is_first_tile, z[None, :], best)
+            denominator = tl.where(is_first_tile, tl.sum(1.0 / value_scale), denominator)
             minimums = denominator * tl.sum(value_minimum)
-            total += value_column(value_first, value_second, HEAD_DIM, BITS)
+            column = value_column(value_first, value_second, HEAD_DIM, BITS)
+            total = tl.where(is_first_tile[:, None, :], column[None, :, :], total)
 
-    tokens = tl.arange(0, TILE)
-    words = tl.arange(0, WIDTH)[None, :]
+    tiles = tl.arange(0, TILES)[:, None] * TILE
+    tokens = tiles + tl.arange(0, TILE)[None, :]
+    words = tl.arange(0, WIDTH)[None, None, :]
     if BITS == 4:
         bias = -KEY_BIAS_FIRST * first_sum - KEY_BIAS_SECOND_4 * second_sum
     elif BITS == 8:
         bias = -KEY_BIAS_FIRST * query_sum
-    for start in tl.range(first, end, TILE):
-        places = (block.to(tl.int64) * KV_HEADS + kv_head) * BLOCK_SIZE + (start % BLOCK_SIZE + tokens)
-        following = start + TILE
-        block = tl.load(table + following // BLOCK_SIZE, mask=following < end, other=0)
+    for start in tl.range(first, end, TILES * TILE):
+        block_places = (blocks.to(tl.int64) * KV_HEADS + kv_head) * BLOCK_SIZE
+        places = block_places + (start + tokens) % BLOCK_SIZE
+        following = start + TILES * TILE + tiles
+        blocks = tl.load(table + following // BLOCK_SIZE, mask=following < end, other=0)
         is_seen = start + tokens < end
         if WINDOW > 0:
             is_seen &= start + tokens >= context_len - WINDOW
-        key_data = data + places[:, None] * WIDTH + words
+        key_data = data + places[:, :, None] * WIDTH + words
         value_data = key_data + value_places * WIDTH
         if BITS == 16:
-            keys = tl.load(key_data, mask=is_seen[:, None], other=0.0)
-            values = tl.load(value_data, mask=is_seen[:, None], other=0.0)
-            z = multiply(keys, operand, tl.zeros((TILE, COLUMNS), tl.float32), ASSEMBLY)
+            keys = tl.load(key_data, mask=is_seen[:, :, None], other=0.0)
+            values = tl.load(value_data, mask=is_seen[:, :, None], other=0.0)
+            z = multiply(keys, operand, tl.zeros((TILES, TILE, COLUMNS), tl.float32), ASSEMBLY)
         else:
             key_words = tl.load(key_data)
             value_words = tl.load(value_data)
@@ -219,34 +229,38 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
                 tl.load(scales + value_places + places, mask=is_seen, other=_NEUTRAL_SCALES)
             )
             keys = key_operand(key_words, HEAD_DIM, BITS, ASSEMBLY)
-            scores = multiply(keys, operand, tl.zeros((TILE, COLUMNS), tl.float32) + bias[None, :], ASSEMBLY)
-            shift = key_minimum[:, None] * query_sum[None, :] + log2(value_scale, ASSEMBLY)[:, None]
-            z = scores * key_scale[:, None] + shift
-        z = tl.where(is_seen[:, None], z, float("-inf"))
-        largest = tl.maximum(best, tl.max(z, axis=0))
+            start_scores = tl.zeros((TILES, TILE, COLUMNS), tl.float32) + bias[None, None, :]
+            scores = multiply(keys, operand, start_scores, ASSEMBLY)
+            shift = key_minimum[:, :, None] * query_sum[None, None, :] + log2(value_scale, ASSEMBLY)[:, :, None]
+            z = scores * key_scale[:, :, None] + shift
+        z = tl.where(is_seen[:, :, None], z, float("-inf"))
+        largest = tl.maximum(best, tl.max(z, axis=1))
         finite = tl.where(largest == float("-inf"), 0.0, largest)
-        weights = exp2(z - finite[None, :], ASSEMBLY)
+        weights = exp2(z - finite[:, None, :], ASSEMBLY)
         rescale = exp2(best - finite, ASSEMBLY)
         best = largest
         rounded = weights.to(OPERAND)
         if BITS == 16:
-            denominator = denominator * rescale + tl.sum(weights, axis=0)
+            denominator = denominator * rescale + tl.sum(weights, axis=1)
+            turned = total.permute(0, 2, 1) * rescale[:, :, None]
+            total = multiply(rounded.permute(0, 2, 1), values, turned, ASSEMBLY).permute(0, 2, 1)
         else:
-            shares = weights * reciprocal(value_scale, ASSEMBLY)[:, None]
-            denominator = denominator * rescale + tl.sum(shares, axis=0)
-            minimums = minimums * rescale + tl.sum(shares * value_minimum[:, None], axis=0)
-            weight_sum = weight_sum * rescale + tl.sum(rounded.to(tl.float32), axis=0)
+            shares = weights * reciprocal(value_scale, ASSEMBLY)[:, :, None]
+            denominator = denominator * rescale + tl.sum(shares, axis=1)
+            minimums = minimums * rescale + tl.sum(shares * value_minimum[:, :, None], axis=1)
+            weight_sum = weight_sum * rescale + tl.sum(rounded.to(tl.float32), axis=1)
             values = value_operand(value_words, HEAD_DIM, BITS, ASSEMBLY)
-        if BITS == 16:
-            total = multiply(rounded.T, values, total.T * rescale[:, None], ASSEMBLY).T
-        else:
-            total = multiply(values.T, rounded, total * rescale[None, :], ASSEMBLY)
+            total = multiply(values, rounded, total * rescale[:, None, :], ASSEMBLY)
     release_next_kernel(PDL)
 
     if BITS != 16:
-        total += (minimums - (VALUE_BIAS_4 if BITS == 4 else VALUE_BIAS_8) * weight_sum)[None, :]
-    total *= (1.0 / tl.where(context_len > 0, denominator, 1.0))[None, :]  # a padding row's total is zero
-    total = natural_order(total.T, HEAD_DIM, BITS)
+        total += (minimums - (VALUE_BIAS_4 if BITS == 4 else VALUE_BIAS_8) * weight_sum)[:, None, :]
+    largest = tl.max(best, axis=0)
+    tile_share = exp2(best - tl.where(largest == float("-inf"), 0.0, largest)[None, :], ASSEMBLY)
+    best = largest
+    denominator = tl.sum(denominator * tile_share, axis=0)
+    total = natural_order(tl.sum(total * tile_share[:, None, :], axis=0), HEAD_DIM, BITS)
+    total *= (1.0 / tl.where(context_len > 0, denominator, 1.0))[:, None]  # a padding row's total is zero
     head = kv_head * GROUP + heads
     cells = head[:, None] * HEAD_DIM + tl.arange(0, HEAD_DIM)[None, :]
     is_cell = is_head[:, None]
@@ -263,21 +277,33 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
         return
     tl.store(counter, 0)
     tl.debug_barrier()
+    row_parts = (part - number).to(tl.int64) * HEADS
     best = tl.full((COLUMNS,), float("-inf"), tl.float32)
     denominator = tl.zeros((COLUMNS,), tl.float32)
     total = tl.zeros((COLUMNS, HEAD_DIM), tl.float32)
-    row_parts = (part - number).to(tl.int64) * HEADS
-    for other in range(num_parts):
-        theirs = row_parts + other * HEADS
-        weight = tl.load(partial_weights + theirs + head, mask=is_head, other=0.0, cache_modifier=".cg")
-        output = tl.load(partial_outputs + theirs * HEAD_DIM + cells, mask=is_cell, other=0.0, cache_modifier=".cg")
-        largest = tl.maximum(best, weight)
-        rescale = tl.math.exp2(best - largest)
-        share = tl.math.exp2(weight - largest)
-        denominator = denominator * rescale + share
-        total = total * rescale[:, None] + output * share[:, None]
+    numbers = tl.arange(0, PARTS)[:, None]
+    for start in tl.range(0, num_parts, PARTS, num_stages=1):
+        some = row_parts + (start + numbers) * HEADS + head[None, :]
+        are_some = (start + numbers < num_parts) & is_head[None, :]
+        weights = tl.load(partial_weights + some, mask=are_some, other=float("-inf"), cache_modifier=".cg")
+        largest = tl.maximum(best, tl.max(weights, axis=0))
+        finite = tl.where(largest == float("-inf"), 0.0, largest)
+        rescale = exp2(best - finite, ASSEMBLY)
+        denominator *= rescale
+        total *= rescale[:, None]
         best = largest
-    tl.store(target, (total / denominator[:, None]).to(out.dtype.element_ty), mask=is_cell)
+        for other in tl.static_range(PARTS):
+            theirs = row_parts + (start + other) * HEADS
+            is_there = is_head & (start + other + heads * 0 < num_parts)
+            weight = tl.load(partial_weights + theirs + head, mask=is_there, other=float("-inf"), cache_modifier=".cg")
+            output = tl.load(
+                partial_outputs + theirs * HEAD_DIM + cells, mask=is_there[:, None], other=0.0, cache_modifier=".cg"
+            )
+            share = exp2(weight - finite, ASSEMBLY)
+            denominator += share
+            total += output * share[:, None]
+    total *= (1.0 / tl.where(is_head, denominator, 1.0))[:, None]
+    tl.store(target, total.to(out.dtype.element_ty), mask=is_cell)
 
 
 def decode_attention(
@@ -355,7 +381,9 @@ def decode_attention(
         WINDOW=sliding_window or 0,
         ROWS=max(16, triton.next_power_of_2(num_rows)),
         TILE=min(_TILE_TOKENS[bits], block_size),
+        TILES=_NUM_WARPS[bits],
         COLUMNS=_HEAD_COLUMNS,
+        PARTS=_REDUCED_AT_ONCE,
         APPENDS=appends,
         HAS_NORM=q_norm is not None,
         ASSEMBLY=not is_interpreted(),

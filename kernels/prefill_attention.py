@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from .attention_codes import multiply
-from .attention_heads import unpack_scales
+from .attention_scratch import dense_start, dequantize_contexts, dequantized_tile, scratch_blocks
 from .attention_workspace import AttentionWorkspace
 from .kv_cache import check_sizes, kv_words
 from .launch import is_interpreted, launch_options, release_next_kernel, wait_for_previous_kernel
@@ -25,6 +25,8 @@ _TILE_ROWS = 128
 _TILE_CONTEXT = 64
 _NUM_WARPS = 8
 _NUM_STAGES = 2
+# Rows of the longest chunk, tokens times heads of a group, from which dequantizing beforehand pays: four tiles.
+_LEAST_ROWS_FOR_SCRATCH = 512
 
 
 @triton.jit
@@ -58,27 +60,14 @@ def _load_tile(  # type: ignore[no-untyped-def]
     OPERAND: tl.constexpr,
 ):
     """Load a tile of keys or values [tokens, HEAD_DIM] as OPERAND; tokens that are not inside are zeros."""
-    if BITS == 16:
+    if BITS != 16:
+        return dequantized_tile(data, scales, places, is_inside, HEAD_DIM, BITS, OPERAND)
+    else:
         pointers = data + places[:, None] * HEAD_DIM + tl.arange(0, HEAD_DIM)[None, :]
         if MASKED:
             return tl.load(pointers, mask=is_inside[:, None], other=0.0)
         else:
             return tl.load(pointers)
-    else:
-        TOKENS: tl.constexpr = places.shape[0]
-        WIDTH: tl.constexpr = HEAD_DIM * BITS // 8
-        rows = data.to(tl.pointer_type(tl.uint8)) + places[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
-        scale, minimum = unpack_scales(tl.load(scales + places, mask=is_inside, other=0))
-        codes = tl.load(rows)
-        if BITS == 4:
-            halves = tl.join(codes & 0xF, codes >> 4)
-            codes = halves.permute(0, 2, 1).reshape(TOKENS, HEAD_DIM)
-        values = tl.math.fma(
-            codes.to(tl.float32),
-            tl.broadcast_to(scale[:, None], (TOKENS, HEAD_DIM)),
-            tl.broadcast_to(minimum[:, None], (TOKENS, HEAD_DIM)),
-        )
-        return values.to(OPERAND)
 
 
 @triton.jit
@@ -90,6 +79,7 @@ def _attend(  # type: ignore[no-untyped-def]
     data,
     scales,
     table,
+    dense,
     kv_head,
     value_places,
     start,
@@ -102,13 +92,16 @@ def _attend(  # type: ignore[no-untyped-def]
     BITS: tl.constexpr,
     WINDOW: tl.constexpr,
     TILE: tl.constexpr,
+    DENSE: tl.constexpr,
     MASKED: tl.constexpr,
     COMPILED: tl.constexpr,
 ):
     """Take one tile of the context into the rows' softmax state (largest raw score, denominator, total)."""
     token = start + tl.arange(0, TILE)
     is_inside = token < context_len
-    if TILE <= BLOCK_SIZE:
+    if DENSE:
+        block = (dense + token // BLOCK_SIZE).to(tl.int64)
+    elif TILE <= BLOCK_SIZE:
         block = tl.load(table + start // BLOCK_SIZE).to(tl.int64)
     else:
         block = tl.load(table + token // BLOCK_SIZE, mask=is_inside, other=0).to(tl.int64)
@@ -156,6 +149,7 @@ def _prefill_kernel(  # type: ignore[no-untyped-def]
     SEQUENCES: tl.constexpr,
     ROWS: tl.constexpr,
     TILE: tl.constexpr,
+    DENSE: tl.constexpr,
     COMPILED: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -170,6 +164,9 @@ def _prefill_kernel(  # type: ignore[no-untyped-def]
         return
     context_len = tl.load(context_lens + sequence)
     table = block_tables + tl.load(table_rows + sequence).to(tl.int64) * table_stride
+    dense = 0
+    if DENSE:
+        dense = dense_start(context_lens, num_sequences, sequence, SEQUENCES, BLOCK_SIZE)
     value_places = num_blocks.to(tl.int64) * (KV_HEADS * BLOCK_SIZE)
 
     rows = tl.arange(0, ROWS)
@@ -192,13 +189,13 @@ def _prefill_kernel(  # type: ignore[no-untyped-def]
         masked_start = (first_position + 1) // TILE * TILE
         for start in tl.range(0, masked_start, TILE):
             largest, denominator, total = _attend(
-                queries, largest, denominator, total, data, scales, table, kv_head, value_places, start, position,
-                context_len, scale_log2, KV_HEADS, HEAD_DIM, BLOCK_SIZE, BITS, WINDOW, TILE, False, COMPILED,
+                queries, largest, denominator, total, data, scales, table, dense, kv_head, value_places, start,
+                position, context_len, scale_log2, KV_HEADS, HEAD_DIM, BLOCK_SIZE, BITS, WINDOW, TILE, DENSE, False, COMPILED,
             )  # fmt: skip
     for start in tl.range(masked_start, end, TILE):
         largest, denominator, total = _attend(
-            queries, largest, denominator, total, data, scales, table, kv_head, value_places, start, position,
-            context_len, scale_log2, KV_HEADS, HEAD_DIM, BLOCK_SIZE, BITS, WINDOW, TILE, True, COMPILED,
+            queries, largest, denominator, total, data, scales, table, dense, kv_head, value_places, start,
+            position, context_len, scale_log2, KV_HEADS, HEAD_DIM, BLOCK_SIZE, BITS, WINDOW, TILE, DENSE, True, COMPILED,
         )  # fmt: skip
     release_next_kernel(PDL)
     total /= tl.where(denominator == 0.0, 1.0, denominator)[:, None]  # only rows past the end saw nothing
@@ -221,14 +218,19 @@ def prefill_attention(
     bits: int,
     softmax_scale: float,
     sliding_window: int | None = None,
+    max_total_context_len: int | None = None,
 ) -> None:
     """Attend for the last tokens of each sequence, whose keys and values are in the cache; out [T, H * D] is written.
 
     query 16-bit [T, H, D], rotated; kv_data [2, num_blocks, num_kv_heads, block_size, width] and kv_scales [..., 2] or
     None as `KVCache.layer` gives them; block_tables int32 [num_table_rows, max_blocks]; table_rows int32 [S];
     query_starts int32 [S + 1], where each sequence's queries begin, and T; context_lens int32 [S], its queries
-    included; out 16-bit. max_query_len and max_context_len bound what the device's tensors say. Raises ValueError for
-    sizes the kernel does not have.
+    included; out 16-bit. max_query_len and max_context_len bound what the device's tensors say, and
+    max_total_context_len the sum of the contexts (default: all as long as the longest). Raises ValueError for sizes the
+    kernel does not have.
+
+    Contexts that are quantized are dequantized into the workspace's scratch first, when the chunks are long enough to
+    read them several times and they fit.
     """
     _, num_blocks, num_kv_heads, block_size, _ = kv_data.shape
     num_tokens, num_heads, head_dim = query.shape
@@ -238,8 +240,20 @@ def prefill_attention(
         raise ValueError(f"prefill_attention got query {tuple(query.shape)} and out {tuple(out.shape)}")
     if num_tokens == 0:
         return
-    data, scales = kv_words(kv_data, kv_scales)
     group = num_heads // num_kv_heads
+    data, scales = kv_words(kv_data, kv_scales)
+    num_scratch_blocks = 0
+    if kv_scales is not None and max_query_len * group >= _LEAST_ROWS_FOR_SCRATCH:
+        all_contexts = num_sequences * max_context_len
+        total_len = all_contexts if max_total_context_len is None else min(all_contexts, max_total_context_len)
+        num_context_blocks = total_len // block_size + num_sequences
+        num_scratch_blocks = scratch_blocks(num_context_blocks, kv_data, head_dim, workspace)
+    if kv_scales is not None and num_scratch_blocks > 0:
+        data = scales = dequantize_contexts(
+            kv_data, kv_scales, block_tables, table_rows, context_lens, workspace, num_blocks=num_scratch_blocks,
+            bits=bits, head_dim=head_dim, dtype=query.dtype,
+        )  # fmt: skip
+        bits, num_blocks = 16, num_scratch_blocks
     group_rows = triton.next_power_of_2(group)
     num_tiles = triton.cdiv(num_tokens, _TILE_ROWS // group_rows) + num_sequences
     _prefill_kernel[(num_kv_heads, num_tiles)](
@@ -265,6 +279,7 @@ def prefill_attention(
         SEQUENCES=max(16, triton.next_power_of_2(num_sequences)),
         ROWS=_TILE_ROWS,
         TILE=_TILE_CONTEXT,
+        DENSE=num_scratch_blocks > 0,
         COMPILED=not is_interpreted(),
         num_warps=_NUM_WARPS,
         num_stages=_NUM_STAGES,
