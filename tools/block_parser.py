@@ -59,6 +59,8 @@ class BlockParser(ABC):
     `_gap` is whitespace that becomes content if content follows, and is dropped with `_raw` if a call does.
     """
 
+    drops_newline = False  # before a call that follows text: where the template puts it there, it is no content
+
     def __init__(self, marks: Mapping[str, Mark], *, match_text: bool) -> None:
         self._lexer = MarkerLexer(marks, match_text=match_text)
         self._indices = count()
@@ -67,6 +69,7 @@ class BlockParser(ABC):
         self._block: CallBlock | None = None
         self._gap: list[str] | None = []  # None: the text so far ends in content
         self._gap_ends_reply = False  # the gap is dropped if the reply ends here
+        self._newline = ""  # the last of the content, if `drops_newline`
         self._close_is_due = False  # a block was left, with a good call, before its closing marker came
 
     @abstractmethod
@@ -90,6 +93,7 @@ class BlockParser(ABC):
             self._take_text(text)
         if self._raw is not None:
             self._leave_block(is_good=self._block is not None and self._block.close(self._events, by_marker=False))
+        self._release_newline()
         if self._gap and not self._gap_ends_reply:
             self._events.append(ContentDelta("".join(self._gap)))
         return self._events
@@ -128,8 +132,8 @@ class BlockParser(ABC):
             self._add_content(marker.text)
 
     def _open_block(self, mark: Mark, raw_text: str) -> None:
-        self._raw = [*(self._gap or []), raw_text]
-        self._gap = None
+        self._raw = [*(self._gap or []), self._newline, raw_text]
+        self._gap, self._newline = None, ""
         self._close_is_due = False
         self._block = self._make_block(mark)
 
@@ -175,6 +179,7 @@ class BlockParser(ABC):
             self._add_content(raw_text)
 
     def _end_turn(self, marker: Marker[Mark]) -> None:
+        self._release_newline()
         if self._gap and not self._gap_ends_reply:
             self._events.append(ContentDelta("".join(self._gap)))
             self._gap = None
@@ -183,10 +188,21 @@ class BlockParser(ABC):
         self._close_is_due = False
 
     def _add_content(self, text: str) -> None:
+        text, self._newline = self._newline + text, ""
+        if self.drops_newline and text.endswith("\n"):
+            text, self._newline = text[:-1], "\n"
+        self._show(text)
+
+    def _release_newline(self) -> None:
+        newline, self._newline = self._newline, ""
+        self._show(newline)
+
+    def _show(self, text: str) -> None:
+        if not text:
+            return
         if self._gap is not None:
             self._gap.append(text)
-            if not text or text.isspace():
+            if text.isspace():
                 return
             text, self._gap = "".join(self._gap), None
-        if text:
-            self._events.append(ContentDelta(text))
+        self._events.append(ContentDelta(text))

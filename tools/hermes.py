@@ -60,6 +60,8 @@ class HermesFormat:
 class HermesParser(BlockParser):
     """Parses one reply."""
 
+    drops_newline = True
+
     def __init__(self, *, match_text: bool) -> None:
         super().__init__(_MARKS, match_text=match_text)
 

@@ -26,13 +26,14 @@ CHAT_TEMPLATE = """\
     {%- endfor -%}
 {%- endmacro -%}
 
+{%- set turns = messages[1:] if messages and messages[0].role == 'system' else messages -%}
 {%- set system = messages[0].content if messages and messages[0].role == 'system' else '' -%}
 {%- if tools -%}
     {{- '<|im_start|>system\\n' + (system + '\\n\\n' if system else '') + tool_offer() + '<|im_end|>\\n' -}}
 {%- elif messages and messages[0].role == 'system' -%}
     {{- '<|im_start|>system\\n' + system + '<|im_end|>\\n' -}}
 {%- endif -%}
-{%- for message in messages if not (loop.first and message.role == 'system') -%}
+{%- for message in turns -%}
     {%- if message.role == 'tool' -%}
         {{- '<|im_start|>user' if loop.first or loop.previtem.role != 'tool' -}}
         {{- '\\n<tool_response>\\n' + message.content + '\\n</tool_response>' -}}

@@ -6,6 +6,7 @@ by semicolons, and results are passed on as they are instead of as a JSON string
 """
 
 CHAT_TEMPLATE = """\
+{%- set turns = messages[1:] if messages and messages[0].role == 'system' else messages -%}
 {%- set system = messages[0].content | trim if messages and messages[0].role == 'system' else '' -%}
 {%- set offer = namespace(pending=tools) -%}
 
@@ -39,7 +40,7 @@ CHAT_TEMPLATE = """\
 {{- bos_token + header('system') -}}
 {{- 'Environment: ipython\\n' if tools or builtin_tools -}}
 {{- 'Cutting Knowledge Date: December 2023\\nToday Date: 26 Jul 2024\\n\\n' + system + '<|eot_id|>' -}}
-{%- for message in messages if not (loop.first and message.role == 'system') -%}
+{%- for message in turns -%}
     {%- if message.role == 'tool' -%}
         {{- header('ipython') + message.content + '<|eot_id|>' -}}
     {%- elif message.tool_calls -%}

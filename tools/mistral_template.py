@@ -6,6 +6,7 @@ message is a result, and results that are not JSON are quoted.
 """
 
 CHAT_TEMPLATE = """\
+{%- set turns = messages[1:] if messages and messages[0].role == 'system' else messages -%}
 {%- set system = messages[0].content if messages and messages[0].role == 'system' else '' -%}
 {%- set last = namespace(user=-1) -%}
 {%- for message in messages if message.role == 'user' -%}
@@ -13,7 +14,7 @@ CHAT_TEMPLATE = """\
 {%- endfor -%}
 {%- set seen = namespace(users=0) -%}
 {{- bos_token -}}
-{%- for message in messages if not (loop.first and message.role == 'system') -%}
+{%- for message in turns -%}
     {%- if message.role == 'user' -%}
         {%- if seen.users == last.user -%}
             {%- if tools -%}
