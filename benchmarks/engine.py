@@ -160,7 +160,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--work", type=listed(Work.parse), default=TABLE_WORK, metavar="WORK[,WORK...]")
     parser.add_argument("--repeats", type=int, default=3, help="runs of a decode or prefill row (%(default)s)")
     parser.add_argument("--compare", type=Path, metavar="FILE", help="numbers for the last column")
-    parser.add_argument("--profile", action="store_true", help="list what a decode step launches")
+    parser.add_argument("--profile", action="store_true", help="list what a decode step launches on a GPU")
     names = EngineConfig.__dataclass_fields__.keys() - {"model", "quant_policy"}
     add_options(parser, EngineConfig, title="engine", only=names)
     parser.set_defaults(max_batch_size=256)
@@ -190,7 +190,7 @@ async def measure_all(
         await run(engine, shortened(work), rng)
         runs = [await run(engine, work, rng) for _ in range(1 if work.kind == "batch" else arguments.repeats)]
         print(row(config, work, runs, floor, known), flush=True)
-    if arguments.profile:
+    if arguments.profile and torch.cuda.is_available():
         print(await profiled_step(engine, model, rng), flush=True)
     await engine.stop(0.0)
 

@@ -22,7 +22,8 @@ NUM_TOKENS = 8
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model of two layers whose context is long."""
     script = benchmark_script("random_model")
-    shape = replace(script.SHAPES["tiny"], head_dim=request.param, max_position_embeddings=2 * CONTEXT_LEN)
+    heads = {"head_dim": request.param, "num_heads": 256 // request.param, "num_kv_heads": 128 // request.param}
+    shape = replace(script.SHAPES["tiny"], **heads, max_position_embeddings=2 * CONTEXT_LEN)
     folder = tmp_path_factory.mktemp("long")
     script.write_model(shape, "fp16", folder)
     return folder
