@@ -11,6 +11,7 @@ from lmdserve.server.model import ServedModel
 
 GUARDED = [
     ("POST", "/v1/chat/completions"),
+    ("POST", "/v1/chat/render"),
     ("POST", "/v1/completions"),
     ("GET", "/v1/models"),
     ("GET", "/v1/models/toy"),
