@@ -16,11 +16,14 @@ from .sampling_weights import (
     MIN_P,
     MOST_PARTS,
     NUM_PARAMETERS,
+    NUM_STAGES,
+    PEAK_TILE,
     SEED_HASH,
     SMALLEST_TEMPERATURE,
     TEMPERATURE,
     SamplingScratch,
     is_finite,
+    is_limited,
     parameter,
     part_size,
     weights_of,
@@ -62,13 +65,17 @@ def find_best(
         scratch.arrivals[0],
         scratch.part_peaks,
         scratch.part_ids,
+        scratch.part_masses,
+        scratch.tile_peaks,
         scratch.peaks,
         scratch.thresholds,
         logits.stride(0),
         num_rows,
         vocab_size,
         size,
+        scratch.tile_peaks.shape[1],
         MOST_PARTS=MOST_PARTS,
+        PEAK_TILE=PEAK_TILE,
         BLOCK=BLOCK,
         num_warps=4,
         **launch_options(logits.device),
@@ -134,6 +141,46 @@ def _is_last_arrival(arrivals, num_parts):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _scan(  # type: ignore[no-untyped-def]
+    row_logits,
+    first,
+    part_size,
+    vocab_size,
+    temperature,
+    tile_peaks,
+    LIMITED: tl.constexpr,
+    PEAK_TILE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Return the best logit of a part, its first id, and, of rows that need it, the part's weight relative to its best.
+
+    The best of each tile goes to tile_peaks. Every lane keeps its own best, and its sum relative to that.
+    """
+    lanes = tl.arange(0, BLOCK)
+    best = tl.full((BLOCK,), float("-inf"), tl.float32)
+    best_ids = first + lanes
+    base = tl.full((BLOCK,), -1.0e38, tl.float32)  # as `best`, but finite
+    masses = tl.zeros((BLOCK,), tl.float32)
+    for start in tl.range(first, first + part_size, BLOCK, num_stages=NUM_STAGES):
+        ids = start + lanes
+        values = tl.load(row_logits + ids, mask=ids < vocab_size, other=float("-inf"))
+        values = tl.where(values == values, values, float("inf"))  # NaN makes the row as invalid as infinity does
+        is_better = values > best
+        best = tl.where(is_better, values, best)
+        best_ids = tl.where(is_better, ids, best_ids)
+        if LIMITED:
+            higher = tl.maximum(base, tl.minimum(values, 1.0e38))
+            masses = masses * weights_of(base, higher, temperature) + weights_of(values, higher, temperature)
+            base = higher
+            tiles = start // PEAK_TILE + tl.arange(0, BLOCK // PEAK_TILE)
+            peaks_of_tiles = tl.max(tl.reshape(values, (BLOCK // PEAK_TILE, PEAK_TILE)), axis=1)
+            tl.store(tile_peaks + tiles, peaks_of_tiles, mask=tiles * PEAK_TILE < vocab_size)
+    peak = tl.max(best, axis=0)
+    peak_id = tl.min(tl.where(best == peak, best_ids, vocab_size), axis=0)
+    return peak, peak_id, tl.sum(masses * weights_of(base, tl.max(base, axis=0), temperature), axis=0)
+
+
+@triton.jit
 def _peaks_kernel(  # type: ignore[no-untyped-def]
     logits,
     row_slots,
@@ -142,31 +189,38 @@ def _peaks_kernel(  # type: ignore[no-untyped-def]
     arrivals,
     part_peaks,
     part_ids,
+    part_masses,
+    tile_peaks,
     peaks,
     thresholds,
     logits_stride,
     num_rows,
     vocab_size,
     part_size,
+    num_peak_tiles,
     MOST_PARTS: tl.constexpr,
+    PEAK_TILE: tl.constexpr,
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
     row, part, num_parts = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
-    ids = part * part_size + tl.arange(0, BLOCK)
-    best = tl.full((BLOCK,), float("-inf"), tl.float32)
-    best_ids = ids
+    row_logits, row_tiles = logits + row * logits_stride, tile_peaks + row * num_peak_tiles
+    place = row * MOST_PARTS + part
     wait_for_previous_kernel(PDL)
-    for _ in range(0, part_size, BLOCK):
-        values = tl.load(logits + row * logits_stride + ids, mask=ids < vocab_size, other=float("-inf"))
-        values = tl.where(values == values, values, float("inf"))  # NaN makes the row as invalid as infinity does
-        is_better = values > best
-        best = tl.where(is_better, values, best)
-        best_ids = tl.where(is_better, ids, best_ids)
-        ids += BLOCK
-    peak = tl.max(best, axis=0)
-    tl.store(part_peaks + row * MOST_PARTS + part, peak)
-    tl.store(part_ids + row * MOST_PARTS + part, tl.min(tl.where(best == peak, best_ids, vocab_size), axis=0))
+    slot = tl.load(row_slots + row).to(tl.int64)
+    temperature = tl.maximum(parameter(parameters, slot, TEMPERATURE).to(tl.float32), SMALLEST_TEMPERATURE)
+    first = part * part_size
+    if is_limited(parameters, slot):
+        peak, peak_id, mass = _scan(
+            row_logits, first, part_size, vocab_size, temperature, row_tiles, True, PEAK_TILE, BLOCK
+        )
+        tl.store(part_masses + place, mass)
+    else:
+        peak, peak_id, mass = _scan(
+            row_logits, first, part_size, vocab_size, temperature, row_tiles, False, PEAK_TILE, BLOCK
+        )
+    tl.store(part_peaks + place, peak)
+    tl.store(part_ids + place, peak_id)
     release_next_kernel(PDL)
     if _is_last_arrival(arrivals + row, num_parts):
         parts = tl.arange(0, MOST_PARTS)
@@ -176,7 +230,6 @@ def _peaks_kernel(  # type: ignore[no-untyped-def]
         all_ids = tl.load(part_ids + places, mask=is_part, other=vocab_size, cache_modifier=".cg")
         row_peak = tl.max(all_peaks, axis=0)
         token_id = tl.min(tl.where(all_peaks == row_peak, all_ids, vocab_size), axis=0)
-        slot = tl.load(row_slots + row).to(tl.int64)
         tl.store(samples + row, token_id)
         tl.store(samples + num_rows + row, is_finite(row_peak).to(tl.int32))
         tl.store(peaks + row, row_peak)
@@ -244,7 +297,7 @@ def _draw_kernel(  # type: ignore[no-untyped-def]
         temperature = tl.maximum(temperature, SMALLEST_TEMPERATURE)
         threshold = tl.load(thresholds + row)
         row_logits = logits + row * logits_stride
-        for step in range(0, tiles_per_part, DRAW_TILES):
+        for step in tl.range(0, tiles_per_part, DRAW_TILES, num_stages=NUM_STAGES):
             tiles = part * tiles_per_part + step + tl.arange(0, DRAW_TILES)
             ids = tiles[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
             values = tl.load(row_logits + ids, mask=ids < vocab_size, other=float("-inf"))

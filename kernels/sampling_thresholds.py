@@ -1,9 +1,9 @@
 """The smallest weight that top_k and top_p keep in each row, without sorting.
 
-First all programs of a row measure how many tokens, and how much weight, lie above a few fixed weights. Then one
-program a row finds the threshold: the weights between the two edges around it are listed, and it is bisected on its bit
-pattern, which orders positive floats as integers. Where too many lie between two edges, the row is measured again with
-closer ones first.
+Nearly always a row's few heaviest tokens tell it (`sampling_head.py`). Where they do not, the programs of a row first
+measure how many tokens, and how much weight, lie above a few fixed weights. Then one program a row finds the threshold:
+the weights between the two edges around it are listed, and it is bisected on its bit pattern, which orders positive
+floats as integers. Where too many lie between two edges, the row is measured again with closer ones first.
 """
 
 import torch
@@ -11,26 +11,29 @@ import triton
 import triton.language as tl
 
 from .launch import launch_options, release_next_kernel, wait_for_previous_kernel
+from .sampling_head import limit_by_head
 from .sampling_weights import (
-    BLOCK,
+    KEY_ABOVE_ONE,
     LIST_SIZE,
     MOST_PARTS,
     NUM_EDGES,
+    NUM_STAGES,
     SMALLEST_TEMPERATURE,
     TEMPERATURE,
     TOP_K,
     TOP_P,
     SamplingScratch,
-    is_finite,
+    as_weight,
+    bisect,
     parameter,
     part_size,
     weights_of,
 )
 
-_EDGE_STEP = tl.constexpr(1.25)  # fixed edges at exp(-1.25), ..., exp(-8.75); the last one is above zero alone
-_KEY_ABOVE_ONE = tl.constexpr(0x3F800001)  # one past the bit pattern of 1.0, the largest weight
-_LIST_BLOCK = 8192
-_THRESHOLD_WARPS = 16  # with 2 * BLOCK tokens at once they spill registers
+_EDGE_STEP = tl.constexpr(0.6)  # fixed edges at exp(-0.6), ..., exp(-9); the last one is above zero alone
+_MEASURE_BLOCK = 512  # times 16 edges: with 1024 tokens, registers spill
+_LIST_BLOCK = 4096
+_THRESHOLD_WARPS = 16
 
 
 def limit_tokens(
@@ -43,20 +46,22 @@ def limit_tokens(
     """
     num_rows, vocab_size = logits.shape
     options = launch_options(logits.device)
-    size = part_size(num_rows, vocab_size, BLOCK)
+    limit_by_head(logits, row_slots, parameters, scratch)
+    size = part_size(num_rows, vocab_size, _MEASURE_BLOCK)
     num_parts = triton.cdiv(vocab_size, size)
     _measures_kernel[(num_rows, num_parts)](
         logits,
         row_slots,
         parameters,
         scratch.peaks,
+        scratch.is_open,
         scratch.counts,
         scratch.masses,
         logits.stride(0),
         vocab_size,
         size,
         MOST_PARTS=MOST_PARTS,
-        BLOCK=BLOCK,
+        BLOCK=_MEASURE_BLOCK,
         num_warps=8,
         **options,
     )
@@ -65,6 +70,7 @@ def limit_tokens(
         row_slots,
         parameters,
         scratch.peaks,
+        scratch.is_open,
         scratch.thresholds,
         scratch.counts,
         scratch.masses,
@@ -74,18 +80,12 @@ def limit_tokens(
         vocab_size,
         num_parts,
         MOST_PARTS=MOST_PARTS,
-        BLOCK=BLOCK,
+        BLOCK=_MEASURE_BLOCK,
         LIST_SIZE=LIST_SIZE,
         LIST_BLOCK=_LIST_BLOCK,
         num_warps=_THRESHOLD_WARPS,
         **options,
     )
-
-
-@triton.jit
-def _as_weight(key):  # type: ignore[no-untyped-def]
-    """Return the fp32 numbers of these bit patterns."""
-    return key.to(tl.int32).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -101,7 +101,7 @@ def _measure(row_logits, first, end, peak, temperature, edges, BLOCK: tl.constex
     """Return how many weights of these tokens are at least each edge (int32), and their sum (fp64)."""
     counts = tl.zeros((NUM_EDGES, BLOCK), tl.int32)
     masses = tl.zeros((NUM_EDGES, BLOCK), tl.float32)
-    for start in range(first, end, BLOCK):
+    for start in tl.range(first, end, BLOCK, num_stages=NUM_STAGES):
         ids = start + tl.arange(0, BLOCK)
         values = tl.load(row_logits + ids, mask=ids < end, other=float("-inf"))
         weights = weights_of(values, peak, temperature)
@@ -117,6 +117,7 @@ def _measures_kernel(  # type: ignore[no-untyped-def]
     row_slots,
     parameters,
     peaks,
+    is_open,
     counts,
     masses,
     logits_stride,
@@ -128,14 +129,13 @@ def _measures_kernel(  # type: ignore[no-untyped-def]
 ):
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     wait_for_previous_kernel(PDL)
-    slot = tl.load(row_slots + row).to(tl.int64)
-    temperature = parameter(parameters, slot, TEMPERATURE).to(tl.float32)
-    is_limited = (parameter(parameters, slot, TOP_P) < 1.0) | (parameter(parameters, slot, TOP_K) > 0.0)
-    peak = tl.load(peaks + row)
-    if (temperature > 0.0) & is_limited & is_finite(peak):
+    if tl.load(is_open + row) == 1:
+        slot = tl.load(row_slots + row).to(tl.int64)
+        temperature = parameter(parameters, slot, TEMPERATURE).to(tl.float32)
+        peak = tl.load(peaks + row)
         first = part * part_size
         end = tl.minimum(first + part_size, vocab_size)
-        edges = _as_weight(_fixed_edge_keys())
+        edges = as_weight(_fixed_edge_keys())
         temperature = tl.maximum(temperature, SMALLEST_TEMPERATURE)
         part_counts, part_masses = _measure(logits + row * logits_stride, first, end, peak, temperature, edges, BLOCK)
         places = (row * MOST_PARTS + part) * NUM_EDGES + tl.arange(0, NUM_EDGES)
@@ -166,7 +166,7 @@ def _list_weights(  # type: ignore[no-untyped-def]
     """Write all weights in [low, high), at most LIST_SIZE of them, in any order, to weights_out; return how many."""
     tl.store(length, 0)
     tl.debug_barrier()
-    for start in range(0, vocab_size, BLOCK):
+    for start in tl.range(0, vocab_size, BLOCK, num_stages=NUM_STAGES):
         ids = start + tl.arange(0, BLOCK)
         values = tl.load(row_logits + ids, mask=ids < vocab_size, other=float("-inf"))
         weights = weights_of(values, peak, temperature)
@@ -199,7 +199,7 @@ def _select(  # type: ignore[no-untyped-def]
     The weights of at least `high` are too few, those of at least `low` are enough; both are bit patterns.
     """
     keys = _fixed_edge_keys()
-    low, high = tl.zeros((), tl.int64), tl.zeros((), tl.int64) + _KEY_ABOVE_ONE
+    low, high = tl.zeros((), tl.int64), tl.zeros((), tl.int64) + KEY_ABOVE_ONE
     count_low, mass_low = tl.zeros((), tl.int32) + vocab_size, _at(masses, NUM_EDGES - 1)
     count_high, mass_high = tl.zeros((), tl.int32), tl.zeros((), tl.float64)
     is_measured = True
@@ -214,24 +214,16 @@ def _select(  # type: ignore[no-untyped-def]
         if is_measured:
             steps = -tl.arange(0, NUM_EDGES) + NUM_EDGES
             keys = low + (high - low) * steps // (NUM_EDGES + 1)
-            counts, masses = _measure(row_logits, 0, vocab_size, peak, temperature, _as_weight(keys), BLOCK)
+            counts, masses = _measure(row_logits, 0, vocab_size, peak, temperature, as_weight(keys), BLOCK)
     if high - low > 1:
         length = _list_weights(
-            row_logits, vocab_size, peak, temperature, _as_weight(low), _as_weight(high), weights_list, list_length,
+            row_logits, vocab_size, peak, temperature, as_weight(low), as_weight(high), weights_list, list_length,
             LIST_SIZE, LIST_BLOCK,
         )  # fmt: skip
         places = tl.arange(0, LIST_SIZE)
         weights = tl.load(weights_list + places, mask=places < length, other=-1.0, cache_modifier=".cg")
-        wide = weights.to(tl.float64)
-        ones = tl.full((LIST_SIZE,), 1.0, tl.float64)
-        measure_high = count_high.to(tl.float64) if COUNTS else mass_high
-        while high - low > 1:
-            middle = (low + high) // 2
-            is_over = weights >= _as_weight(middle)
-            measure = measure_high + tl.sum(tl.where(is_over, ones if COUNTS else wide, 0.0), axis=0)
-            low = tl.where(measure >= target, middle, low)
-            high = tl.where(measure >= target, high, middle)
-        mass_low = mass_high + tl.sum(tl.where(weights >= _as_weight(low), wide, 0.0), axis=0)
+        low = bisect(weights, low, high, count_high.to(tl.float64) if COUNTS else mass_high, target, COUNTS)
+        mass_low = mass_high + tl.sum(tl.where(weights >= as_weight(low), weights, 0.0).to(tl.float64), axis=0)
     return low, mass_low
 
 
@@ -241,6 +233,7 @@ def _thresholds_kernel(  # type: ignore[no-untyped-def]
     row_slots,
     parameters,
     peaks,
+    is_open,
     thresholds,
     counts,
     masses,
@@ -257,13 +250,13 @@ def _thresholds_kernel(  # type: ignore[no-untyped-def]
 ):
     row = tl.program_id(0).to(tl.int64)
     wait_for_previous_kernel(PDL)
-    slot = tl.load(row_slots + row).to(tl.int64)
-    temperature = parameter(parameters, slot, TEMPERATURE).to(tl.float32)
-    top_p = parameter(parameters, slot, TOP_P)
-    top_k = parameter(parameters, slot, TOP_K)
-    peak = tl.load(peaks + row)
-    if (temperature > 0.0) & ((top_p < 1.0) | (top_k > 0.0)) & is_finite(peak):
+    if tl.load(is_open + row) == 1:
+        slot = tl.load(row_slots + row).to(tl.int64)
+        temperature = parameter(parameters, slot, TEMPERATURE).to(tl.float32)
         temperature = tl.maximum(temperature, SMALLEST_TEMPERATURE)
+        top_p = parameter(parameters, slot, TOP_P)
+        top_k = parameter(parameters, slot, TOP_K)
+        peak = tl.load(peaks + row)
         row_logits = logits + row * logits_stride
         parts, edges = tl.arange(0, MOST_PARTS), tl.arange(0, NUM_EDGES)
         places = (row * MOST_PARTS + parts)[:, None] * NUM_EDGES + edges[None, :]
@@ -284,5 +277,5 @@ def _thresholds_kernel(  # type: ignore[no-untyped-def]
                 lists + row * LIST_SIZE, list_lengths + row, False, BLOCK, LIST_SIZE, LIST_BLOCK,
             )  # fmt: skip
             key = tl.maximum(key, nucleus_key)
-        tl.store(thresholds + row, tl.maximum(tl.load(thresholds + row), _as_weight(key)))
+        tl.store(thresholds + row, tl.maximum(tl.load(thresholds + row), as_weight(key)))
     release_next_kernel(PDL)

@@ -21,10 +21,14 @@ NUM_PARAMETERS = tl.constexpr(9)
 SMALLEST_TEMPERATURE = tl.constexpr(torch.finfo(torch.float32).tiny)  # as on the host
 _FAR = tl.constexpr(120.0)  # exp(-120) is 0 in fp32: what lies further below the best needs no larger number
 
+KEY_ABOVE_ONE = tl.constexpr(0x3F800001)  # one past the bit pattern of 1.0, the largest weight
+
 BLOCK = 1024  # tokens that a program reads at once
+PEAK_TILE = 128  # tokens whose best logit is kept, to find a row's heaviest tokens without reading the others
 MOST_PARTS = 128  # programs that share a row
-NUM_EDGES = tl.constexpr(8)
-LIST_SIZE = 4096  # weights between two edges that one program bisects in its registers
+NUM_EDGES = tl.constexpr(16)
+LIST_SIZE = 8192  # weights between two edges that one program bisects in its registers
+NUM_STAGES = tl.constexpr(3)  # blocks on their way from memory while one is worked on
 _ENOUGH_PROGRAMS = 512  # of 4 to 8 warps: four for each processor of an H200
 
 
@@ -37,7 +41,11 @@ class SamplingScratch:
     arrivals: torch.Tensor  # int32 [2, max_rows], all 0 between calls
     part_peaks: torch.Tensor  # fp32 [max_rows, MOST_PARTS]
     part_ids: torch.Tensor  # int32 [max_rows, MOST_PARTS]
+    part_masses: torch.Tensor  # fp32 [max_rows, MOST_PARTS], relative to the part's own best
+    tile_peaks: torch.Tensor  # fp32 [max_rows, ceil(vocab_size / PEAK_TILE)], the best logit of each tile
+    head_tiles: torch.Tensor  # int32 [max_rows, ceil(vocab_size / PEAK_TILE)], tiles that hold the heaviest tokens
     peaks: torch.Tensor  # fp32 [max_rows]
+    is_open: torch.Tensor  # int32 [max_rows], 1 where the heaviest tokens do not tell the threshold
     thresholds: torch.Tensor  # fp32 [max_rows]
     counts: torch.Tensor  # int32 [max_rows, MOST_PARTS, NUM_EDGES]
     masses: torch.Tensor  # fp64 [max_rows, MOST_PARTS, NUM_EDGES]
@@ -47,7 +55,7 @@ class SamplingScratch:
 
 
 def sampling_scratch(max_rows: int, vocab_size: int, device: torch.device) -> SamplingScratch:
-    """Allocate the scratch memory: about 30 KiB a row."""
+    """Allocate the scratch memory: about 64 KiB a row."""
 
     def new(dtype: torch.dtype, *shape: int) -> torch.Tensor:
         return torch.zeros(shape, dtype=dtype, device=device)
@@ -59,7 +67,11 @@ def sampling_scratch(max_rows: int, vocab_size: int, device: torch.device) -> Sa
         arrivals=new(torch.int32, 2, max_rows),
         part_peaks=new(torch.float32, max_rows, MOST_PARTS),
         part_ids=new(torch.int32, max_rows, MOST_PARTS),
+        part_masses=new(torch.float32, max_rows, MOST_PARTS),
+        tile_peaks=new(torch.float32, max_rows, triton.cdiv(vocab_size, PEAK_TILE)),
+        head_tiles=new(torch.int32, max_rows, triton.cdiv(vocab_size, PEAK_TILE)),
         peaks=new(torch.float32, max_rows),
+        is_open=new(torch.int32, max_rows),
         thresholds=new(torch.float32, max_rows),
         counts=new(torch.int32, max_rows, MOST_PARTS, num_edges),
         masses=new(torch.float64, max_rows, MOST_PARTS, num_edges),
@@ -90,3 +102,33 @@ def parameter(parameters, slot, COLUMN: tl.constexpr):  # type: ignore[no-untype
 @triton.jit
 def is_finite(value):  # type: ignore[no-untyped-def]
     return tl.abs(value) < float("inf")
+
+
+@triton.jit
+def is_limited(parameters, slot):  # type: ignore[no-untyped-def]
+    """Say whether the slot draws, and among its heaviest tokens only (top_k, top_p)."""
+    limits = (parameter(parameters, slot, TOP_P) < 1.0) | (parameter(parameters, slot, TOP_K) > 0.0)
+    return limits & (parameter(parameters, slot, TEMPERATURE) > 0.0)
+
+
+@triton.jit
+def as_weight(key):  # type: ignore[no-untyped-def]
+    """Return the fp32 numbers of these bit patterns."""
+    return key.to(tl.int32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def bisect(weights, low, high, measure_high, target, COUNTS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Return the largest bit pattern in [low, high) with weights of at least it that are `target` in number (COUNTS) or
+    in sum. There are enough at `low`; measure_high (fp64) is what lies at `high` and above, which is too little.
+    """
+    while high - low > 1:
+        middle = (low + high) // 2
+        is_over = weights >= as_weight(middle)
+        if COUNTS:
+            measure = measure_high + tl.sum(is_over.to(tl.int32), axis=0).to(tl.float64)
+        else:
+            measure = measure_high + tl.sum(tl.where(is_over, weights, 0.0).to(tl.float64), axis=0)
+        low = tl.where(measure >= target, middle, low)
+        high = tl.where(measure >= target, high, middle)
+    return low
