@@ -12,7 +12,7 @@ from itertools import islice
 
 import torch
 
-from lmdserve.kernels.attention_workspace import AttentionWorkspace
+from lmdserve.kernels.attention_workspace import DEFAULT_SCRATCH_BYTES, AttentionWorkspace
 
 from .device_sampler import DeviceSampler
 from .graphs import DecodeGraphs
@@ -63,7 +63,7 @@ class CudaRunner:
             kv_cache,
             SlotTables(decoder.config, limits, device=self._device),
             StepBuffers(decoder.config, limits, dtype=decoder.dtype, device=self._device),
-            _attention_workspace(decoder, limits),
+            _attention_workspace(decoder, limits, kv_cache),
         )
         self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         self._sampler = DeviceSampler(limits.num_slots, decoder.config.vocab_size, self._device)
@@ -257,7 +257,7 @@ def _failure(sequence: Sequence) -> str:
     return NO_CHOICE if may_forbid else NOT_FINITE
 
 
-def _attention_workspace(decoder: FusedDecoder, limits: StepLimits) -> AttentionWorkspace:
+def _attention_workspace(decoder: FusedDecoder, limits: StepLimits, kv_cache: KVCache) -> AttentionWorkspace:
     config = decoder.config
     return AttentionWorkspace.allocate(
         max_rows=limits.max_logit_rows,
@@ -265,4 +265,5 @@ def _attention_workspace(decoder: FusedDecoder, limits: StepLimits) -> Attention
         num_kv_heads=config.num_kv_heads,
         head_dim=config.head_dim,
         device=decoder.device,
+        scratch_bytes=0 if kv_cache.quant_policy == 0 else DEFAULT_SCRATCH_BYTES,
     )

@@ -22,7 +22,7 @@ from .api import ConfigError
 
 _NUM_THREADS = 4
 _PIECE_BYTES = 16 << 20  # two for each thread are pinned; smaller ones wait longer for their turn on the bus
-_MAX_BYTES_AHEAD = 1 << 30  # of device memory, read and not yet placed
+_MAX_BYTES_AHEAD = 256 << 20  # of device memory, read and not yet placed
 _LENGTH_BYTES = 8  # of the header's length, before the header
 _DTYPES = {
     "F64": torch.float64,
