@@ -18,7 +18,8 @@ import triton.language as tl
 
 from .launch import is_interpreted, launch_options, release_next_kernel, wait_for_previous_kernel
 from .w4a16_dequantize import add_dequantized, store_dequantized, swiglu_dequantized
-from .w4a16_plan import DEQUANTIZE, Operation, Tile, bucket_of, choose_tile, deterministic_tile
+from .w4a16_hopper import launch_hopper
+from .w4a16_plan import DEQUANTIZE, HopperTile, Operation, Tile, bucket_of, choose_tile, deterministic_tile
 from .w4a16_tiles import (
     RECORD_INPUTS,
     PackedWeight,
@@ -263,9 +264,9 @@ def _multiply(
     if num_rows == 0:
         return
     key = (operation, 0 if deterministic else bucket_of(num_rows))
-    if key not in weight.tiles:
-        weight.tiles[key] = deterministic_tile(weight) if deterministic else choose_tile(*key, weight)
-    tile = weight.tiles[key]
+    if key not in weight.cache:
+        weight.cache[key] = deterministic_tile(weight) if deterministic else choose_tile(*key, weight)
+    tile = weight.cache[key]
     if tile is not DEQUANTIZE:
         launch_tile(operation, x, weight, out, workspace, bias, tile, is_ordered=deterministic)
     elif operation is Operation.ADD:
@@ -283,11 +284,14 @@ def launch_tile(
     out: torch.Tensor,
     workspace: Workspace,
     bias: torch.Tensor | None,
-    tile: Tile,
+    tile: Tile | HopperTile,
     *,
     is_ordered: bool = False,
 ) -> None:
     """Launch the kernel with this tile; is_ordered: sum the parts in order where atomic additions would do."""
+    if isinstance(tile, HopperTile):
+        launch_hopper(operation, x, weight, out, bias, tile)
+        return
     is_ordered = is_ordered or (operation is not Operation.ADD and tile.num_splits > 1)
     num_rows = x.shape[0]
     rows_at_once = num_rows

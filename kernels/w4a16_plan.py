@@ -8,7 +8,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, replace
 from enum import StrEnum
 from functools import cache
 from pathlib import Path
@@ -18,7 +18,7 @@ import torch
 from .w4a16_tiles import RECORD_INPUTS, PackedWeight
 
 # Rows are counted in buckets, each with its own tile; above the last one all counts share the last one's.
-ROW_BUCKETS = (8, 16, 32, 64, 128, 256, 512, 1024)
+ROW_BUCKETS = (8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 1024, 4096)
 _SHIPPED = Path(__file__).parent / "tuning"
 
 
@@ -47,6 +47,29 @@ class Tile:
     grouped_rows: int = 1
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HopperTile:
+    """How w4a16_hopper.py cuts a product: 64 x num_groups times block_m results a program, 64 of them a group of warps.
+
+    programs_per_processor bounds the registers so that so many programs share a processor. Else as in `Tile`.
+    """
+
+    block_m: int
+    num_groups: int
+    num_stages: int
+    programs_per_processor: int
+    num_splits: int = 1
+    scales_after: bool = True
+    grouped_rows: int = 1
+
+    @property
+    def block_n(self) -> int:
+        """Return the number of outputs of a program."""
+        return 64 * self.num_groups
+
+
+AnyTile = Tile | HopperTile
+
 # In place of a tile: unpack the weight to 16 bits, slice by slice, and multiply with the vendor's library.
 DEQUANTIZE = None
 
@@ -57,18 +80,21 @@ _DETERMINISTIC_PROGRAMS = 264
 
 # Measured on an H200 for 4096x4096 to 28672x4096: enough programs that each processor holds several, all of them
 # resident at once; more of them only start and end more often.
-_PROGRAMS_PER_PROCESSOR = {8: 5, 16: 3, 32: 3, 64: 2, 128: 1}
+_PROGRAMS_PER_PROCESSOR = {8: 3, 16: 2, 32: 3, 64: 2, 128: 1, 512: 1, 4096: 1}
 _MOST_SPLITS = 16
+_MOST_GROUPED_ROWS = 8
 _FEWEST_BLOCKS_PER_SPLIT = 2
-_HOPPER_BLOCKS = {
-    8: Tile(block_n=64, block_m=8, num_warps=2, num_stages=3),
+_HOPPER_BLOCKS: dict[int, AnyTile] = {
+    8: Tile(block_n=128, block_m=8, num_warps=4, num_stages=3),
     16: Tile(block_n=128, block_m=16, num_warps=4, num_stages=3),
-    32: Tile(block_n=128, block_m=32, num_warps=4, num_stages=3),
-    64: Tile(block_n=128, block_m=64, num_warps=4, num_stages=4),
-    128: Tile(block_n=128, block_m=128, num_warps=4, num_stages=3, scales_after=False),
+    32: HopperTile(block_m=32, num_groups=1, num_stages=4, programs_per_processor=4),
+    64: HopperTile(block_m=64, num_groups=2, num_stages=4, programs_per_processor=2),
+    128: HopperTile(block_m=128, num_groups=2, num_stages=4, programs_per_processor=1, scales_after=False),
+    512: HopperTile(block_m=128, num_groups=2, num_stages=4, programs_per_processor=1, scales_after=False),
+    4096: HopperTile(block_m=256, num_groups=2, num_stages=3, programs_per_processor=1, scales_after=False),
 }
 # 99 KiB of shared memory a program on sm_86 and sm_89 bound the stages. Not measured: no such GPU was at hand.
-_AMPERE_BLOCKS = {
+_AMPERE_BLOCKS: dict[int, AnyTile] = {
     8: Tile(block_n=64, block_m=8, num_warps=2, num_stages=4),
     16: Tile(block_n=64, block_m=16, num_warps=4, num_stages=4),
     32: Tile(block_n=64, block_m=32, num_warps=4, num_stages=4),
@@ -85,19 +111,23 @@ def bucket_of(num_rows: int) -> int:
     return ROW_BUCKETS[-1]
 
 
-def choose_tile(operation: Operation, bucket: int, weight: PackedWeight) -> Tile | None:
+def choose_tile(operation: Operation, bucket: int, weight: PackedWeight) -> AnyTile | None:
     """Return the tile for a bucket of rows, or DEQUANTIZE."""
     device = _describe(weight.records.device)
     entry = _tables(device.name).get(key_of(operation, weight.out_features, weight.in_features), {}).get(bucket, ...)
-    tile = _rule(operation, bucket, weight, device) if entry is ... else entry
-    return tile if tile is DEQUANTIZE else _fitted(tile, weight)
+    tile = (
+        _rule(operation, bucket, weight, device.num_processors, _blocks_for(weight, device)) if entry is ... else entry
+    )
+    if isinstance(tile, HopperTile) and _blocks_for(weight, device) is not _HOPPER_BLOCKS:
+        tile = _rule(operation, bucket, weight, device.num_processors, _AMPERE_BLOCKS)
+    return _fitted(tile, weight) if isinstance(tile, Tile) else tile
 
 
 def deterministic_tile(weight: PackedWeight) -> Tile:
     """Return the one tile whose results are the same bits for every number of rows."""
     num_tiles = weight.padded_out_features // DETERMINISTIC_BLOCK.block_n
     num_splits = _splits_for(_DETERMINISTIC_PROGRAMS, num_tiles, weight)
-    return _fitted(_with(DETERMINISTIC_BLOCK, num_splits=num_splits), weight)
+    return _fitted(replace(DETERMINISTIC_BLOCK, num_splits=num_splits), weight)
 
 
 def key_of(operation: Operation, out_features: int, in_features: int) -> str:
@@ -105,16 +135,24 @@ def key_of(operation: Operation, out_features: int, in_features: int) -> str:
     return f"{operation} {out_features}x{in_features}"
 
 
-def _rule(operation: Operation, bucket: int, weight: PackedWeight, device: "_Device") -> Tile | None:
-    blocks = _HOPPER_BLOCKS if device.has_wgmma else _AMPERE_BLOCKS
-    if bucket not in blocks:
+def _blocks_for(weight: PackedWeight, device: "_Device") -> dict[int, AnyTile]:
+    """Return the rule's blocks: Hopper's kernel takes only groups of 128 inputs."""
+    return _HOPPER_BLOCKS if device.has_wgmma and weight.group_size == RECORD_INPUTS else _AMPERE_BLOCKS
+
+
+def _rule(
+    operation: Operation, bucket: int, weight: PackedWeight, num_processors: int, blocks: dict[int, AnyTile]
+) -> AnyTile | None:
+    largest = min((rows for rows in blocks if rows >= bucket), default=None)
+    if largest is None:
         return DEQUANTIZE
-    block = blocks[bucket]
+    block = blocks[largest]
+    row_tiles = -(-bucket // block.block_m)
+    block = replace(block, grouped_rows=min(_MOST_GROUPED_ROWS, row_tiles))
     if operation is not Operation.ADD:  # sums of several programs' results are costly here: see w4a16.py
         return block
-    num_tiles = weight.padded_out_features // block.block_n * max(1, bucket // block.block_m)
-    target = _PROGRAMS_PER_PROCESSOR[bucket] * device.num_processors
-    return _with(block, num_splits=_splits_for(target, num_tiles, weight))
+    num_tiles = -(-weight.out_features // block.block_n) * row_tiles
+    return replace(block, num_splits=_splits_for(_PROGRAMS_PER_PROCESSOR[largest] * num_processors, num_tiles, weight))
 
 
 def _splits_for(num_programs: int, num_tiles: int, weight: PackedWeight) -> int:
@@ -125,20 +163,8 @@ def _splits_for(num_programs: int, num_tiles: int, weight: PackedWeight) -> int:
 def _fitted(tile: Tile, weight: PackedWeight) -> Tile:
     """Return the tile as this weight allows it: small groups need their scales before the product."""
     if tile.scales_after and weight.group_size < RECORD_INPUTS:
-        return _with(tile, scales_after=False)
+        return replace(tile, scales_after=False)
     return tile
-
-
-def _with(tile: Tile, *, num_splits: int | None = None, scales_after: bool | None = None) -> Tile:
-    return Tile(
-        block_n=tile.block_n,
-        block_m=tile.block_m,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
-        num_splits=tile.num_splits if num_splits is None else num_splits,
-        scales_after=tile.scales_after if scales_after is None else scales_after,
-        grouped_rows=tile.grouped_rows,
-    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,13 +182,13 @@ def _describe(device: torch.device) -> _Device:
     return _Device(properties.name, properties.major == 9, properties.multi_processor_count)
 
 
-Table = Mapping[str, Mapping[int, Tile | None]]
+Table = Mapping[str, Mapping[int, AnyTile | None]]
 
 
 @cache
 def _tables(gpu: str) -> Table:
     """Return all that was measured on this GPU, the user's own measurements first."""
-    merged: dict[str, dict[int, Tile | None]] = {}
+    merged: dict[str, dict[int, AnyTile | None]] = {}
     for path in (_SHIPPED / file_name(gpu), user_table(gpu)):
         if path.is_file():
             for key, buckets in read_table(path).items():
@@ -196,8 +222,7 @@ def read_table(path: Path) -> Table:
 def write_table(path: Path, table: Table) -> None:
     """Write a table, one product a line, beside the old one and then in its place."""
     lines = [
-        f"    {json.dumps(key)}: "
-        + json.dumps({str(bucket): _render(tile) for bucket, tile in sorted(buckets.items())})
+        f"    {json.dumps(key)}: " + json.dumps({str(bucket): render(tile) for bucket, tile in sorted(buckets.items())})
         for key, buckets in sorted(table.items())
     ]
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -207,27 +232,31 @@ def write_table(path: Path, table: Table) -> None:
     _tables.cache_clear()
 
 
-# A tile in a table: block_n, block_m, warps, stages, splits, scales after (1) or before (0), grouped row tiles.
-def _parse(entry: str) -> Tile | None:
+# A tile in a table: block_n, block_m, warps, stages, splits, scales after (1) or before (0), grouped row tiles; of
+# Hopper's kernel: block_m, groups, stages, programs a processor, and the same last three.
+_HOPPER = "hopper "
+
+
+def _parse(entry: str) -> AnyTile | None:
     if entry == "dequantize":
         return DEQUANTIZE
-    block_n, block_m, num_warps, num_stages, num_splits, scales_after, grouped_rows = map(int, entry.split("/"))
-    return Tile(
-        block_n=block_n,
-        block_m=block_m,
-        num_warps=num_warps,
-        num_stages=num_stages,
-        num_splits=num_splits,
-        scales_after=bool(scales_after),
-        grouped_rows=grouped_rows,
+    first, second, third, fourth, num_splits, scales_after, grouped_rows = map(
+        int, entry.removeprefix(_HOPPER).split("/")
     )
+    if entry.startswith(_HOPPER):
+        return HopperTile(
+            block_m=first, num_groups=second, num_stages=third, programs_per_processor=fourth,
+            num_splits=num_splits, scales_after=bool(scales_after), grouped_rows=grouped_rows,
+        )  # fmt: skip
+    return Tile(
+        block_n=first, block_m=second, num_warps=third, num_stages=fourth,
+        num_splits=num_splits, scales_after=bool(scales_after), grouped_rows=grouped_rows,
+    )  # fmt: skip
 
 
-def _render(tile: Tile | None) -> str:
+def render(tile: AnyTile | None) -> str:
+    """Return a tile as the tables hold it."""
     if tile is DEQUANTIZE:
         return "dequantize"
-    numbers = (
-        tile.block_n, tile.block_m, tile.num_warps, tile.num_stages, tile.num_splits, int(tile.scales_after),
-        tile.grouped_rows,
-    )  # fmt: skip
-    return "/".join(map(str, numbers))
+    name = _HOPPER if isinstance(tile, HopperTile) else ""
+    return name + "/".join(str(int(value)) for value in astuple(tile))

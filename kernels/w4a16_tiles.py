@@ -46,8 +46,8 @@ class PackedWeight:
     dtype: torch.dtype
     fragment_width: int
     interleaved: bool
-    # Tiles chosen so far, by operation and bucket of rows; the tiles' owner fills it.
-    tiles: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
+    # What launchers found out once for this weight: tiles by operation and bucket of rows, descriptors.
+    cache: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def padded_out_features(self) -> int:
@@ -209,13 +209,13 @@ _BF16_SCALE = "".join(f"fma.rn.bf16x2 {pair}, {pair}, $10, nothing;\n" for pair 
 _RETURN_PAIRS = "".join(f"mov.b32 {{${2 * i}, ${2 * i + 1}}}, {pair};\n" for i, pair in enumerate("abcd"))
 _EIGHT = "=&h,=&h,=&h,=&h,=&h,=&h,=&h,=&h,r"
 
-_FP16_ASM = tl.constexpr("{" + _FP16_PAIRS + _RETURN_PAIRS + "}")
-_FP16_SCALED_ASM = tl.constexpr("{" + _FP16_PAIRS + _FP16_SCALE + _RETURN_PAIRS + "}")
-_BF16_ASM = tl.constexpr("{" + _BF16_PAIRS + _RETURN_PAIRS + "}")
-_BF16_SCALED_ASM = tl.constexpr("{" + _BF16_PAIRS + _BF16_SCALE + _RETURN_PAIRS + "}")
-_ONE_ARGUMENT = tl.constexpr(_EIGHT + ",r")
-_TWO_ARGUMENTS = tl.constexpr(_EIGHT + ",r,r")
-_THREE_ARGUMENTS = tl.constexpr(_EIGHT + ",r,r,r")
+FP16_ASM = tl.constexpr("{" + _FP16_PAIRS + _RETURN_PAIRS + "}")
+FP16_SCALED_ASM = tl.constexpr("{" + _FP16_PAIRS + _FP16_SCALE + _RETURN_PAIRS + "}")
+BF16_ASM = tl.constexpr("{" + _BF16_PAIRS + _RETURN_PAIRS + "}")
+BF16_SCALED_ASM = tl.constexpr("{" + _BF16_PAIRS + _BF16_SCALE + _RETURN_PAIRS + "}")
+ONE_ARGUMENT = tl.constexpr(_EIGHT + ",r")
+TWO_ARGUMENTS = tl.constexpr(_EIGHT + ",r,r")
+THREE_ARGUMENTS = tl.constexpr(_EIGHT + ",r,r,r")
 
 
 @triton.jit
@@ -237,22 +237,22 @@ def _pairs(words, scale_words, DTYPE: tl.constexpr, SCALED: tl.constexpr):  # ty
         negative = zeros * 0x00010001 - 0x3CFF3D00  # -(128 + zero), twice: 0xC300C300 + zero
         if SCALED:
             pairs = tl.inline_asm_elementwise(
-                _BF16_SCALED_ASM, _TWO_ARGUMENTS, [words, negative, scales], (tl.bfloat16,) * 8, is_pure=True, pack=1
+                BF16_SCALED_ASM, TWO_ARGUMENTS, [words, negative, scales], (tl.bfloat16,) * 8, is_pure=True, pack=1
             )
         else:
             pairs = tl.inline_asm_elementwise(
-                _BF16_ASM, _ONE_ARGUMENT, [words, negative], (tl.bfloat16,) * 8, is_pure=True, pack=1
+                BF16_ASM, ONE_ARGUMENT, [words, negative], (tl.bfloat16,) * 8, is_pure=True, pack=1
             )
     else:
         low = zeros * 0x00010001 + 0x64006400  # 1024 + zero, twice
         high = zeros * 0x00100010 - 0x2BFF2C00  # -(64 + zero), twice: 0xD400D400 + 16 * zero
         if SCALED:
             pairs = tl.inline_asm_elementwise(
-                _FP16_SCALED_ASM, _THREE_ARGUMENTS, [words, low, high, scales], (tl.float16,) * 8, is_pure=True, pack=1
+                FP16_SCALED_ASM, THREE_ARGUMENTS, [words, low, high, scales], (tl.float16,) * 8, is_pure=True, pack=1
             )
         else:
             pairs = tl.inline_asm_elementwise(
-                _FP16_ASM, _TWO_ARGUMENTS, [words, low, high], (tl.float16,) * 8, is_pure=True, pack=1
+                FP16_ASM, TWO_ARGUMENTS, [words, low, high], (tl.float16,) * 8, is_pure=True, pack=1
             )
     return pairs
 

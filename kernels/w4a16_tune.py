@@ -8,15 +8,27 @@ import multiprocessing
 import statistics
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+from triton.runtime.errors import OutOfResources
 
 from .layout import pack_rows
 from .w4a16 import launch_tile
 from .w4a16_dequantize import add_dequantized, store_dequantized, swiglu_dequantized
-from .w4a16_plan import DEQUANTIZE, Operation, Tile, key_of, read_table, user_table, write_table
-from .w4a16_tiles import RECORD_INPUTS, PackedWeight, can_pack, pack_weight
+from .w4a16_plan import (
+    DEQUANTIZE,
+    ROW_BUCKETS,
+    AnyTile,
+    HopperTile,
+    Operation,
+    Tile,
+    key_of,
+    read_table,
+    user_table,
+    write_table,
+)
+from .w4a16_tiles import RECORD_INPUTS, PackedWeight, can_pack, has_wgmma, pack_weight
 from .w4a16_workspace import Workspace
 
 _GROUP_SIZE = 128
@@ -25,27 +37,39 @@ _NUM_REPLAYS = 7
 _LARGEST_ERROR = 2e-3  # of the result's root mean square, float16
 _COMPILERS = 12
 
-# block_n, block_m, warps, stages, scales after the product. What won anywhere in sweeps of 13 to 114 tiles a product on
-# an H200; more stages, more warps and none of either never did.
+# What won anywhere in sweeps of 5 to 176 tiles a product on an H200, by rows up to which it is tried. More stages, more
+# warps and none of either never did. Tile: block_n, block_m, warps, stages, scales after the product.
 _BLOCKS: dict[int, tuple[tuple[int, int, int, int, bool], ...]] = {
     8: ((64, 8, 1, 3, True), (64, 8, 1, 4, True), (64, 8, 2, 3, True), (64, 8, 2, 4, True), (128, 8, 4, 3, True)),
     16: ((128, 16, 4, 3, True), (128, 16, 4, 4, True), (64, 16, 2, 3, True), (64, 16, 4, 3, True)),
-    32: ((128, 32, 4, 3, True), (128, 32, 4, 4, True), (64, 32, 4, 3, True), (64, 32, 4, 4, True)),
-    64: ((128, 64, 4, 3, True), (128, 64, 4, 4, True), (64, 64, 4, 3, True), (64, 64, 4, 4, True)),
+    32: ((128, 32, 4, 3, True), (128, 32, 4, 4, True), (64, 32, 4, 3, True)),
+    64: ((128, 64, 4, 3, True), (64, 64, 4, 3, True)),
+    128: ((64, 64, 4, 3, True), (128, 128, 4, 3, False), (64, 128, 4, 3, False)),
+    512: ((64, 64, 4, 3, True), (128, 128, 4, 3, False), (64, 128, 4, 3, False)),
+    4096: ((128, 128, 4, 3, False), (128, 256, 8, 3, False)),
+}
+# HopperTile: block_m, groups, stages, programs a processor, scales after the product.
+_HOPPER_BLOCKS: dict[int, tuple[tuple[int, int, int, int, bool], ...]] = {
+    8: ((8, 1, 3, 3, True), (8, 1, 4, 4, True), (8, 2, 4, 3, True)),
+    16: ((16, 1, 3, 2, True), (16, 1, 3, 3, True), (16, 1, 4, 4, True)),
+    32: ((32, 1, 3, 2, True), (32, 1, 3, 3, True), (32, 1, 4, 4, True), (32, 2, 4, 2, True)),
+    64: ((64, 1, 3, 2, True), (64, 1, 3, 3, True), (64, 1, 2, 4, True), (64, 2, 4, 1, True), (64, 2, 4, 2, True)),
     128: (
-        (128, 64, 4, 4, True), (64, 64, 4, 3, True), (128, 64, 8, 3, False), (128, 128, 4, 3, False),
-        (128, 128, 8, 3, False), (64, 128, 4, 3, False),
+        (64, 1, 3, 3, True), (64, 1, 2, 4, True), (64, 2, 4, 1, True), (64, 2, 4, 2, True), (128, 1, 3, 2, False),
+        (128, 2, 4, 1, False),
     ),
     256: (
-        (64, 64, 4, 3, True), (128, 128, 4, 3, False), (128, 128, 8, 3, False), (64, 128, 4, 3, False),
-        (128, 256, 8, 3, False), (64, 256, 4, 3, False),
+        (64, 1, 3, 3, True), (64, 2, 4, 2, True), (128, 1, 3, 2, False), (128, 2, 4, 1, False), (256, 2, 3, 1, False),
     ),
-    512: ((128, 128, 4, 3, False), (64, 128, 4, 3, False), (128, 256, 8, 3, False), (64, 256, 4, 3, False)),
-    1024: ((128, 128, 4, 3, False), (128, 256, 8, 3, False)),
+    4096: ((128, 1, 3, 2, False), (128, 2, 4, 1, False), (256, 2, 3, 1, False)),
 }  # fmt: skip
 _SPLITS = (1, 2, 3, 4, 6, 8, 12, 16)
 _FEWEST_PROGRAMS, _MOST_PROGRAMS = 100, 1600
-_DEQUANTIZE_FROM_BUCKET = 128
+_DEQUANTIZE_FROM_BUCKET = 256
+_PLAIN_UP_TO_ON_HOPPER = 32  # rows; above, the other kernel won everywhere
+_MOST_GROUPED_ROWS = 8
+_MANY_ROWS = 1024
+_COPIES_FOR_MANY_ROWS = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,7 +87,7 @@ class Measurement:
 
     product: Product
     num_rows: int
-    tile: Tile | None
+    tile: AnyTile | None
     microseconds: float
     error: float
 
@@ -88,25 +112,45 @@ def tune(products: Iterable[Product], buckets: Iterable[int]) -> Iterator[list[M
             yield found
 
 
-def candidates(product: Product, bucket: int) -> list[Tile | None]:
+def candidates(product: Product, bucket: int, device: torch.device) -> list[AnyTile | None]:
     """Return the tiles to try for a bucket of rows."""
-    found: list[Tile | None] = [DEQUANTIZE] if bucket >= _DEQUANTIZE_FROM_BUCKET else []
+    blocks: list[AnyTile] = [
+        Tile(block_n=block_n, block_m=block_m, num_warps=num_warps, num_stages=num_stages, scales_after=scales_after)
+        for block_n, block_m, num_warps, num_stages, scales_after in _at(_BLOCKS, bucket)
+    ]
+    if has_wgmma(device):
+        blocks = [] if bucket > _PLAIN_UP_TO_ON_HOPPER else blocks
+        for block_m, num_groups, num_stages, programs_per_processor, scales_after in _at(_HOPPER_BLOCKS, bucket):
+            blocks.append(
+                HopperTile(
+                    block_m=block_m, num_groups=num_groups, num_stages=num_stages,
+                    programs_per_processor=programs_per_processor, scales_after=scales_after,
+                )
+            )  # fmt: skip
+    found: list[AnyTile | None] = [DEQUANTIZE] if bucket >= _DEQUANTIZE_FROM_BUCKET else []
     num_blocks = product.in_features // RECORD_INPUTS
-    for block_n, block_m, num_warps, num_stages, scales_after in _BLOCKS[bucket]:
-        row_tiles = -(-bucket // block_m)
-        num_tiles = -(-product.out_features // block_n) * row_tiles
-        for num_splits in _SPLITS:
+    for block in blocks:
+        row_tiles = -(-bucket // block.block_m)
+        num_tiles = -(-product.out_features // block.block_n) * row_tiles
+        can_split = product.operation is Operation.ADD or isinstance(block, Tile)
+        for num_splits in _SPLITS if can_split else (1,):
             is_useful = num_splits == 1 or (
                 _FEWEST_PROGRAMS <= num_tiles * num_splits <= _MOST_PROGRAMS and num_blocks // num_splits >= 2
             )
             if is_useful:
-                found.append(
-                    Tile(
-                        block_n=block_n, block_m=block_m, num_warps=num_warps, num_stages=num_stages,
-                        num_splits=num_splits, scales_after=scales_after, grouped_rows=min(8, row_tiles),
-                    )
-                )  # fmt: skip
+                found.append(replace(block, num_splits=num_splits, grouped_rows=min(_MOST_GROUPED_ROWS, row_tiles)))
     return found
+
+
+def rows_to_measure(bucket: int) -> int:
+    """Return the number of rows that stands for a bucket: its last, but one row for the first bucket."""
+    return 1 if bucket == ROW_BUCKETS[0] else bucket
+
+
+def _at(
+    blocks: dict[int, tuple[tuple[int, int, int, int, bool], ...]], bucket: int
+) -> Iterable[tuple[int, int, int, int, bool]]:
+    return blocks[min(rows for rows in blocks if rows >= bucket)]
 
 
 class Bench:
@@ -120,18 +164,24 @@ class Bench:
         self.weight, self._truth = random_weight(product, dtype, self.device, fragment_width)
         records = self.weight.records
         num_copies = max(2, -(-_BYTES_PAST_CACHE // (records.numel() * 4)))
-        self._records = [records, *(records.clone() for _ in range(num_copies - 1))]
+        self._copies = [
+            self.weight,
+            *(replace(self.weight, records=records.clone(), cache={}) for _ in range(num_copies - 1)),
+        ]
         self._workspace = Workspace(self.device)
         self._stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
 
-    def measure(self, num_rows: int) -> Iterator[Measurement]:
-        """Yield the right ones of the candidates for so many rows."""
-        for tile in candidates(self.product, num_rows):
-            measured = self.measure_tile(num_rows, tile)
+    def measure(self, bucket: int) -> Iterator[Measurement]:
+        """Yield the right ones of a bucket's candidates that fit this device."""
+        for tile in candidates(self.product, bucket, self.device):
+            try:
+                measured = self.measure_tile(rows_to_measure(bucket), tile)
+            except (OutOfResources, ValueError):  # shared memory, or the workspace for a split's parts
+                continue
             if measured.error < _LARGEST_ERROR:
                 yield measured
 
-    def measure_tile(self, num_rows: int, tile: Tile | None) -> Measurement:
+    def measure_tile(self, num_rows: int, tile: AnyTile | None) -> Measurement:
         """Time one tile and compare its result with the truth."""
         random = torch.Generator(self.device).manual_seed(num_rows)
         x = torch.randn(num_rows, self.product.in_features, device=self.device, generator=random).to(self.weight.dtype)
@@ -143,7 +193,7 @@ class Bench:
         out = torch.zeros_like(expected) if is_sum else torch.full_like(expected, float("nan"), dtype=x.dtype)
         self._run(x, self.weight, out, tile)
         error = ((out.float() - expected).norm() / expected.norm()).item()
-        weights = [_with_records(self.weight, records) for records in self._records]
+        weights = self._copies[: _COPIES_FOR_MANY_ROWS if num_rows >= _MANY_ROWS else None]
         microseconds = self.time([lambda weight=weight: self._run(x, weight, out, tile) for weight in weights])  # type: ignore[misc]
         return Measurement(
             product=self.product, num_rows=num_rows, tile=tile, microseconds=microseconds,
@@ -172,7 +222,7 @@ class Bench:
             times.append(start.elapsed_time(end) * 1e3 / len(calls))
         return statistics.median(times)
 
-    def _run(self, x: torch.Tensor, weight: PackedWeight, out: torch.Tensor, tile: Tile | None) -> None:
+    def _run(self, x: torch.Tensor, weight: PackedWeight, out: torch.Tensor, tile: AnyTile | None) -> None:
         operation = self.product.operation
         if tile is not DEQUANTIZE:
             launch_tile(operation, x, weight, out, self._workspace, None, tile)
@@ -205,31 +255,23 @@ def random_weight(
     return weight, truth.view(shape)
 
 
-def _with_records(weight: PackedWeight, records: torch.Tensor) -> PackedWeight:
-    return PackedWeight(
-        records=records, out_features=weight.out_features, in_features=weight.in_features,
-        group_size=weight.group_size, dtype=weight.dtype, fragment_width=weight.fragment_width,
-        interleaved=weight.interleaved,
-    )  # fmt: skip
-
-
 def _compile_all(products: list[Product], buckets: list[int]) -> None:
     """Fill Triton's cache of binaries from parallel processes; measuring then only loads them."""
-    kinds = {}
+    device = torch.device("cuda", torch.cuda.current_device())
+    kinds: dict[tuple[object, ...], tuple[Operation, AnyTile]] = {}
     for product in products:
         for bucket in buckets:
-            for tile in candidates(product, bucket):
+            for tile in candidates(product, bucket, device):
                 if tile is not DEQUANTIZE:
-                    is_split = tile.num_splits > 1 and product.operation is not Operation.ADD
-                    kinds[(product.operation, tile.block_n, tile.block_m, tile.num_warps, tile.num_stages,
-                           tile.scales_after, tile.grouped_rows, is_split)] = (product.operation, tile)  # fmt: skip
+                    is_split = tile.num_splits > 1
+                    kinds[(product.operation, is_split, replace(tile, num_splits=1))] = (product.operation, tile)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(_COMPILERS, max(1, len(kinds))), mp_context=context) as pool:
         for future in [pool.submit(compile_tile, *kind) for kind in kinds.values()]:
             future.result()
 
 
-def compile_tile(operation: Operation, tile: Tile) -> None:
+def compile_tile(operation: Operation, tile: AnyTile) -> None:
     """Compile a tile's kernel by running it on the smallest weight that it fits."""
     device = torch.device("cuda", torch.cuda.current_device())
     product = Product(operation=operation, out_features=256, in_features=128 * max(2, tile.num_splits))

@@ -135,7 +135,7 @@ def test_sums_too_large_for_the_workspace_are_made_in_parts(device: torch.device
 def test_many_rows_go_through_the_unpacked_weight(operation: Operation, has_bias: bool, device: torch.device) -> None:
     case = Case(208, 128, 64, torch.bfloat16, device, interleave=operation is Operation.SWIGLU)
     case.workspace = Workspace(device, scratch_bytes=64 * (128 + 5) * 2)  # one tile at a time
-    case.weight.tiles[(operation, 8)] = DEQUANTIZE
+    case.weight.cache[(operation, 8)] = DEQUANTIZE
     x = case.rows(5)
     bias = torch.randn(208, generator=case.random).to(device, torch.bfloat16) if has_bias else None
     expected = x.float() @ case.truth.t() + (0 if bias is None else bias.float())

@@ -10,6 +10,7 @@ from lmdserve.kernels import w4a16_plan
 from lmdserve.kernels.w4a16_plan import (
     DEQUANTIZE,
     ROW_BUCKETS,
+    HopperTile,
     Operation,
     Tile,
     bucket_of,
@@ -40,7 +41,7 @@ def _weight(out_features: int = 4096, in_features: int = 4096, group_size: int =
 
 
 def test_buckets_are_the_least_that_hold_the_rows() -> None:
-    assert [bucket_of(rows) for rows in (1, 8, 9, 64, 65, 1000, 1025, 10**6)] == [8, 8, 16, 64, 128, 1024, 1024, 1024]
+    assert [bucket_of(rows) for rows in (1, 8, 9, 64, 65, 1000, 1025, 10**6)] == [8, 8, 16, 64, 96, 1024, 4096, 4096]
 
 
 def test_the_rule_fills_the_processors_and_leaves_each_split_some_work() -> None:
@@ -74,13 +75,16 @@ def test_the_user_s_own_measurements_win(cache_home: Path) -> None:
     key = key_of(Operation.ADD, 4096, 4096)
     path = user_table("cpu")
     assert path == cache_home / "lmdserve" / "tuning" / "cpu.json"
-    write_table(path, {key: {16: tile, 256: DEQUANTIZE}})
-    assert read_table(path) == {key: {16: tile, 256: DEQUANTIZE}}
+    hopper = HopperTile(block_m=64, num_groups=2, num_stages=4, programs_per_processor=2, scales_after=False)
+    table = {key: {16: tile, 64: hopper, 256: DEQUANTIZE}}
+    write_table(path, table)
+    assert read_table(path) == table
     weight = _weight()
     object.__setattr__(weight, "records", torch.empty(weight.records.shape, dtype=torch.int32))
     assert choose_tile(Operation.ADD, 16, weight) == tile
     assert choose_tile(Operation.ADD, 256, weight) is DEQUANTIZE
     assert choose_tile(Operation.ADD, 8, weight) != tile
+    assert isinstance(choose_tile(Operation.ADD, 64, weight), Tile)  # this device cannot run the other kernel
 
 
 def test_a_broken_table_is_named(cache_home: Path) -> None:
