@@ -87,6 +87,7 @@ class EngineInfo:
     vocab_size: int
     session_len: int  # prompt plus output, tokens
     eos_token_ids: frozenset[int]
+    planned_bytes: Mapping[str, int] = field(default_factory=dict)  # of memory, by what takes it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,6 +108,7 @@ class EngineStats:
     drafted_tokens_total: int = 0  # guessed tokens that a step checked
     accepted_tokens_total: int = 0  # those that were right
     device_busy_s_total: float = 0.0  # in steps; 0 where it is not measured
+    device_memory_bytes: int = 0  # that torch holds of the GPU's; 0 on a CPU
     device_idle_s_total: float = 0.0  # between the end of a step and the begin of one that was launched before that end
 
 

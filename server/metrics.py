@@ -8,7 +8,7 @@ import asyncio
 import time
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate
 
 from prometheus_client import CollectorRegistry, ProcessCollector
@@ -131,6 +131,7 @@ def engine_families(stats: EngineStats) -> Iterator[Metric]:
         ("kv_blocks_cached", "KV blocks that are free for use and hold a reusable prefix", stats.num_cached_blocks),
         ("kv_usage_ratio", "Share of the KV blocks held by running sequences", stats.num_used_blocks / num_blocks),
         ("engine_heartbeat_age_seconds", "Time since the engine last moved", stats.heartbeat_age_s),
+        ("device_memory_bytes", "GPU memory that the engine holds, without the driver's", stats.device_memory_bytes),
     )
     counters = (
         ("prompt_tokens", "Prompt tokens of all requests", stats.prompt_tokens_total),
@@ -147,6 +148,14 @@ def engine_families(stats: EngineStats) -> Iterator[Metric]:
     yield from (CounterMetricFamily(f"lmdserve_{name}", text, value) for name, text, value in counters)
 
 
+def plan_family(planned_bytes: Mapping[str, int]) -> Metric:
+    """Return the memory plan, a gauge for each part."""
+    family = GaugeMetricFamily("lmdserve_planned_memory_bytes", "Memory as planned before loading", labels=["part"])
+    for part, num_bytes in planned_bytes.items():
+        family.add_metric([part], num_bytes)
+    return family
+
+
 class _ScrapeCollector(Collector):
     """Reads everything at scrape time."""
 
@@ -157,6 +166,7 @@ class _ScrapeCollector(Collector):
     def collect(self) -> Iterable[Metric]:
         yield from self._metrics.families()
         yield from engine_families(self._engine.stats())
+        yield plan_family(self._engine.info.planned_bytes)
 
 
 def scrape(metrics: ServerMetrics, engine: Engine, accept: str) -> tuple[bytes, str]:

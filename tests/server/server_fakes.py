@@ -69,7 +69,10 @@ class FakeEngine:
 
     def __init__(self) -> None:
         self.info = EngineInfo(
-            vocab_size=VOCAB_SIZE, session_len=SESSION_LEN, eos_token_ids=frozenset({CONTROL_IDS["</s>"]})
+            vocab_size=VOCAB_SIZE,
+            session_len=SESSION_LEN,
+            eos_token_ids=frozenset({CONTROL_IDS["</s>"]}),
+            planned_bytes={"weights": 1_000_000_000, "KV cache": 2_000_000_000},
         )
         self.script: Callable[[Request], Script] = lambda request: answer("Hello!")
         self.requests: list[Request] = []
@@ -110,7 +113,8 @@ class FakeEngine:
             num_running=len(self.live), num_waiting=2, num_total_blocks=100, num_used_blocks=25, num_cached_blocks=10,
             prompt_tokens_total=1000, generation_tokens_total=500, cached_tokens_total=300, preemptions_total=1,
             steps_total=77, heartbeat_age_s=0.25, drafted_tokens_total=40, accepted_tokens_total=30,
-            device_busy_s_total=9.5, device_idle_s_total=0.5,
+            device_busy_s_total=9.5, device_memory_bytes=5_000_000_000,
+            device_idle_s_total=0.5,
         )  # fmt: skip
 
     def check_health(self) -> None:

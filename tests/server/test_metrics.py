@@ -42,10 +42,11 @@ async def test_the_engines_numbers_are_shown(session: aiohttp.ClientSession, url
         "lmdserve_generation_tokens_total": 500, "lmdserve_cached_tokens_total": 300,
         "lmdserve_preemptions_total": 1, "lmdserve_engine_steps_total": 77, "lmdserve_drafted_tokens_total": 40,
         "lmdserve_accepted_tokens_total": 30, "lmdserve_device_busy_seconds_total": 9.5,
-        "lmdserve_device_idle_seconds_total": 0.5,
+        "lmdserve_device_idle_seconds_total": 0.5, "lmdserve_device_memory_bytes": 5e9,
     }  # fmt: skip
     assert {name: samples[name, ()] for name in expected} == expected
     assert samples["process_resident_memory_bytes", ()] > 2**20
+    assert samples["lmdserve_planned_memory_bytes", (("part", "KV cache"),)] == 2e9
 
 
 async def test_outcomes_and_latencies_are_counted(session: aiohttp.ClientSession, url: str, engine: FakeEngine) -> None:
