@@ -11,6 +11,7 @@ from .api import ConfigError
 
 ModelFormat = Literal["auto", "hf", "awq", "gptq"]
 QuantPolicy = Literal[0, 4, 8]
+Speculation = Literal["ngram", "off"]
 Dtype = Literal["auto", "float16", "bfloat16", "float32"]
 Device = Literal["auto", "cuda", "cpu"]
 
@@ -84,6 +85,10 @@ class EngineConfig:
     deterministic: bool = option(
         False, "every answer the same, bit by bit, whatever is computed beside it; slower on a GPU"
     )
+    speculate: Speculation = option(
+        "off", "guess several tokens a step from the text itself, where that is faster; answers stay the same"
+    )
+    num_draft_tokens: int = option(4, "most tokens guessed for one sequence in a step", at_least=1, at_most=16)
 
     def __post_init__(self) -> None:
         check_bounds(self)

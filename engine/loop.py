@@ -43,6 +43,7 @@ from .model_config import ModelConfig
 from .option_checks import check_options, format_name
 from .scheduler import Progress, Scheduler
 from .sequence import new_sequence
+from .speculation import NgramProposer
 from .step import Chunk as StepChunk
 from .step import StepRunner
 from .stepper import FinishedStep, Stepper
@@ -115,6 +116,7 @@ class AsyncEngine:
         self._death: str | None = None
         self._steps_total = 0
         self._beat_s = time.monotonic()
+        self._is_first_step = True  # after idling: it is timed from nothing
 
     async def start(self) -> None:
         """Start the batching loop; once."""
@@ -235,6 +237,7 @@ class AsyncEngine:
             await self._wake.wait()
         if self._is_idle:
             self._is_idle = False
+            self._is_first_step = True
             self._beat_s = time.monotonic()
         return True
 
@@ -253,7 +256,15 @@ class AsyncEngine:
             for progress in self._scheduler.complete(step.chunks, step.results):
                 self._publish(progress)
             self._steps_total += 1
-            self._beat_s = time.monotonic()
+            self._note_time(step)
+
+    def _note_time(self, step: FinishedStep) -> None:
+        """Step after step, the time from one end to the next is what a step takes."""
+        previous_s, self._beat_s = self._beat_s, time.monotonic()
+        if self._is_first_step:
+            self._is_first_step = False
+        else:
+            self._scheduler.note_step_time(step.chunks, self._beat_s - previous_s)
 
     async def _advance(self, chunks: list[StepChunk]) -> list[FinishedStep]:
         work = asyncio.get_running_loop().run_in_executor(self._thread, self._stepper.advance, chunks)
@@ -334,6 +345,7 @@ def load_engine(config: EngineConfig) -> AsyncEngine:
         max_batch_size=config.max_batch_size,
         max_prefill_tokens=plan.max_prefill_tokens,
         enable_prefix_caching=config.enable_prefix_caching,
+        proposer=NgramProposer(config.num_draft_tokens) if config.speculate == "ngram" else None,
     )
     info = EngineInfo(
         vocab_size=model_config.vocab_size,

@@ -39,7 +39,10 @@ class Proposer(Protocol):
         """Whether guesses pay in the next step, which decodes `sequences`."""
 
     def propose(self, sequence: Sequence) -> tuple[int, ...]:
-        """Return what may follow the sequence's tokens, best guess first; all of them are known to the host."""
+        """Return what may come next in a sequence whose tokens are all known to the host."""
+
+    def note_step(self, num_sequences: int, seconds: float, *, has_guesses: bool) -> None:
+        """Take down how long a step took that decoded so many sequences and did nothing else."""
 
 
 @dataclass(slots=True)
@@ -73,19 +76,16 @@ class Scheduler:
         max_prefill_tokens: int,
         enable_prefix_caching: bool,
         proposer: Proposer | None = None,
-        num_draft_tokens: int = 0,
     ) -> None:
         self._pool = pool
+        self._max_batch_size = max_batch_size
         self._max_prefill_tokens = max_prefill_tokens
         self._enable_prefix_caching = enable_prefix_caching
         self._proposer = proposer
-        # A step samples at most this many rows: with a full batch there is no room for drafts.
-        self.max_sampled_rows = max(max_batch_size, 1 + num_draft_tokens)
         self._live: dict[str, Sequence] = {}
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []  # oldest first
         self._free_slots = list(range(max_batch_size - 1, -1, -1))  # a stack: few sequences use the lowest slots
-        self._num_slots = max_batch_size
         self._in_flight: deque[list[Chunk]] = deque()  # oldest first
         self.newly_admitted: list[Sequence] = []  # by the last `schedule`, for the first time
         self.prompt_tokens_total = 0
@@ -176,6 +176,13 @@ class Scheduler:
                 progress.append(Progress(sequence, result))
         return progress
 
+    def note_step_time(self, chunks: SequenceOf[Chunk], seconds: float) -> None:
+        """Tell the proposer how long a step took, if it did nothing but decode."""
+        if self._proposer is not None:
+            num_drafts = sum(len(chunk.draft_token_ids) for chunk in chunks)
+            if sum(chunk.num_new_tokens for chunk in chunks) == len(chunks) + num_drafts:
+                self._proposer.note_step(len(chunks), seconds, has_guesses=num_drafts > 0)
+
     def check(self) -> None:
         """Verify that blocks, slots, queues and sequences agree; raise AssertionError when not. For tests."""
         chunks_in_flight = [chunk for chunks in self._in_flight for chunk in chunks]
@@ -183,7 +190,7 @@ class Scheduler:
         holders = [*self._running, *ended]
         self._pool.check(sequence.block_ids for sequence in holders)
         slots = sorted([*self._free_slots, *(sequence.slot for sequence in holders)])
-        assert slots == list(range(self._num_slots)), "a slot is free and held, held twice, or lost"
+        assert slots == list(range(self._max_batch_size)), "a slot is free and held, held twice, or lost"
         assert {*self._waiting, *self._running} == set(self._live.values()), "a live sequence is in no queue"
         assert len(self._waiting) + len(self._running) == len(self._live), "a sequence is in two queues"
         for sequence in self._waiting:
@@ -234,9 +241,12 @@ class Scheduler:
         return chunks
 
     def _with_drafts(self, chunks: list[Chunk], budget: StepBudget) -> list[Chunk]:
-        """Add guesses to the chunks of decoding sequences as far as rows, budget, blocks and max_tokens allow."""
+        """Add guesses to the chunks of decoding sequences as far as budget, blocks and max_tokens allow.
+
+        No step samples more rows than the batch may have sequences, those that wait counted in: they may come with it.
+        """
         assert self._proposer is not None
-        num_rows = self.max_sampled_rows - len(self._live)  # those that wait may be admitted into this step
+        num_rows = self._max_batch_size - len(self._live)
         drafted = []
         for chunk in chunks:
             sequence = chunk.sequence

@@ -58,6 +58,7 @@ class Sequence:
     num_published_blocks: int = 0
     num_cached_tokens: int | None = None  # prompt tokens the prefix cache spared; None before the first admission
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
+    guess_record: object = None  # what `speculation.py` keeps between steps
     sampler_state: object = None  # what `sampler.py` keeps between steps; it goes when the sequence goes
 
     @property

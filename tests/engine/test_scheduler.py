@@ -598,9 +598,12 @@ class Guesser:
             history.append(right if place < num_right else (right + 1) % VOCAB_SIZE)
         return tuple(history[sequence.num_tokens :])
 
+    def note_step(self, num_sequences: int, seconds: float, *, has_guesses: bool) -> None:
+        raise AssertionError("nobody measures time here")
+
 
 def test_right_guesses_bring_several_tokens_a_step() -> None:
-    bench = Bench(depth=2, proposer=Guesser(lambda: 2), num_draft_tokens=4)
+    bench = Bench(depth=2, proposer=Guesser(lambda: 2))
     sequence = bench.add(range(3), max_tokens=10)
     assert _until_idle(bench) == [{"r1": 3}, {}, {"r1": 5}, {"r1": 5}, {"r1": 3}]
     assert sequence.token_ids[3:].tolist() == _expected_output(sequence, range(3))
@@ -611,7 +614,7 @@ def test_right_guesses_bring_several_tokens_a_step() -> None:
 
 
 def test_a_stop_token_among_right_guesses_ends_the_sequence_there() -> None:
-    bench = Bench(proposer=Guesser(lambda: 4), num_draft_tokens=4, block_size=1)
+    bench = Bench(proposer=Guesser(lambda: 4), block_size=1)
     prompt = next([n] for n in range(VOCAB_SIZE) if 3 < len(_expected_until_eos([n]) or ()) < 7)
     sequence = bench.add(prompt, max_tokens=30, ignore_eos=False)
     bench.drain()
@@ -623,7 +626,7 @@ def test_a_stop_token_among_right_guesses_ends_the_sequence_there() -> None:
 
 
 def test_without_room_for_guesses_there_are_none_and_nobody_gives_way() -> None:
-    bench = Bench(num_blocks=4, block_size=2, proposer=Guesser(lambda: 0), num_draft_tokens=4)
+    bench = Bench(num_blocks=4, block_size=2, proposer=Guesser(lambda: 0))
     first, second = bench.add([1], max_tokens=4), bench.add([2], max_tokens=4)
     bench.drain()
     assert bench.scheduler.preemptions_total == 0
@@ -632,7 +635,7 @@ def test_without_room_for_guesses_there_are_none_and_nobody_gives_way() -> None:
 
 
 def test_no_more_rows_are_sampled_than_the_batch_may_have() -> None:
-    bench = Bench(max_batch_size=6, proposer=Guesser(lambda: 0), num_draft_tokens=4)
+    bench = Bench(max_batch_size=6, proposer=Guesser(lambda: 0))
     for n in range(4):
         bench.add([n], max_tokens=6)
     bench.step()
@@ -657,7 +660,7 @@ class RandomUse(RuleBasedStateMachine):
     def build(self, guesses: bool, seed: int, **options: Any) -> None:
         rng = random.Random(seed)
         self.guesser = Guesser(lambda: rng.randrange(5)) if guesses else None
-        self.bench = Bench(proposer=self.guesser, num_draft_tokens=4, **options)
+        self.bench = Bench(proposer=self.guesser, **options)
         self.sequences: dict[str, tuple[Sequence, list[int]]] = {}
 
     @rule(
