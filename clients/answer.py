@@ -24,7 +24,7 @@ class Answer:
     def add(self, delta: ChatDelta) -> None:
         """Take in a delta at the moment it arrived."""
         self.builder.add(delta)
-        if delta.content or delta.tool_calls:
+        if delta.content or delta.reasoning or delta.tool_calls:
             self.last_token_s = time.perf_counter()
             self.first_token_s = self.first_token_s or self.last_token_s
 
@@ -60,11 +60,12 @@ class Answer:
 
     def message(self) -> Json | None:
         """Return the assistant's message for the conversation, or None when there is nothing to keep."""
-        content = self.builder.reply().message["content"]
-        calls = self.tool_calls()
+        message = self.builder.reply().message
+        content, calls = message["content"], self.tool_calls()
+        reasoning = {key: message[key] for key in ("reasoning_content",) if key in message}
         if calls:
-            return {"role": "assistant", "content": content or None, "tool_calls": calls}
-        return {"role": "assistant", "content": content} if content else None
+            return {"role": "assistant", "content": content or None, **reasoning, "tool_calls": calls}
+        return {"role": "assistant", "content": content, **reasoning} if content else None
 
 
 async def stream_answer(

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from .conversation import Conversation, check_model
 from .display import Display
 from .http import AsyncClient
-from .settings import SettingError, load_tools, parse_params, suggest, tool_name
+from .settings import SettingError, parse_params, suggest, tool_name
 
 
 @dataclass(slots=True)
@@ -94,11 +94,11 @@ async def _params(session: Session, argument: str) -> None:
 async def _tools(session: Session, argument: str) -> None:
     conversation = session.conversation
     if argument:
-        conversation.tools = [] if argument == "off" else load_tools(Path(argument))
+        conversation.offer(None if argument == "off" else Path(argument))
     if conversation.tools:
         session.display.table(_described_tools(conversation))
     else:
-        session.display.notice("no tools offered; /tools FILE.json loads definitions")
+        session.display.notice("no tools offered; /tools FILE loads definitions (.json) or functions (.py)")
 
 
 def _described_tools(conversation: Conversation) -> Iterable[tuple[str, str]]:
@@ -142,7 +142,11 @@ COMMANDS = {
         "show or set sampling parameters, as temperature=0.8 max_tokens=200; NAME= unsets",
         _params,
     ),
-    "/tools": Command("[FILE.json | off]", "show, load or remove the tools offered to the model", _tools),
+    "/tools": Command(
+        "[FILE | off]",
+        "show, load or remove the tools offered to the model: definitions in JSON, or Python functions, which run here",
+        _tools,
+    ),
     "/save": Command("FILE", "write messages and settings to a JSON file", _save),
     "/load": Command("FILE", "continue a saved conversation", _load),
     "/exit": Command("", "leave (also Ctrl-D)", _exit),

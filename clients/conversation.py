@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .function_tools import FunctionTool, FunctionToolError, load_function_tools
 from .http import AsyncClient
 from .options import ReplOptions
-from .settings import Json, SettingError, check_params, check_tools, load_tools, read_json_file, suggest
+from .settings import Json, SettingError, check_params, check_tools, load_tools, read_json_file, suggest, tool_name
 
 ROLES = frozenset({"user", "assistant", "tool", "environment"})
 
@@ -24,6 +25,22 @@ class Conversation:
     params: Json = field(default_factory=dict)
     tools: list[Json] = field(default_factory=list)
     messages: list[Json] = field(default_factory=list)
+    functions: dict[str, FunctionTool] = field(default_factory=dict)  # the tools that run here, by name; not saved
+
+    def offer(self, path: Path | None) -> None:
+        """Offer the tools in a file and no others: definitions in JSON, or functions in Python. None: no tools."""
+        functions: dict[str, FunctionTool] = {}
+        if path is None:
+            self.tools = []
+        elif path.suffix == ".py":
+            try:
+                functions = load_function_tools(path.expanduser())
+            except FunctionToolError as error:
+                raise SettingError(str(error)) from None
+            self.tools = [tool.definition for tool in functions.values()]
+        else:
+            self.tools = load_tools(path)
+        self.functions = functions
 
     def request_messages(self) -> list[Json]:
         """Return what the model is to see."""
@@ -75,6 +92,8 @@ class Conversation:
             _check_message(message, f"{path}: message {number}")
         self.tools, self.params = check_tools(tools, str(path)), check_params(params)
         self.system, self.messages = system, messages
+        offered = {tool_name(tool) for tool in self.tools}
+        self.functions = {name: function for name, function in self.functions.items() if name in offered}
 
 
 async def start_conversation(client: AsyncClient, options: ReplOptions) -> Conversation:
@@ -84,12 +103,9 @@ async def start_conversation(client: AsyncClient, options: ReplOptions) -> Conve
         raise SettingError(f"{client.base_url} offers no model")
     if options.model is not None:
         check_model(options.model, names)
-    return Conversation(
-        model=options.model or names[0],
-        system=options.system,
-        params=dict(options.params),
-        tools=load_tools(options.tools_path) if options.tools_path else [],
-    )
+    conversation = Conversation(model=options.model or names[0], system=options.system, params=dict(options.params))
+    conversation.offer(options.tools_path)
+    return conversation
 
 
 def check_model(name: str, offered: list[str]) -> None:

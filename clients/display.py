@@ -27,10 +27,16 @@ class Display:
         self._console = Console(no_color=not has_color, highlight=False)
         self._is_at_line_start = True
         self._open_call: int | None = None
+        self._is_reasoning = False
 
     def delta(self, delta: ChatDelta) -> None:
-        """Show a piece of the answer."""
+        """Show a piece of the answer; what the model thinks before it is dim."""
+        if delta.reasoning:
+            self._is_reasoning = True
+            self._write(printable(delta.reasoning), style="dim")
         if delta.content:
+            if self._is_reasoning:
+                self._end_line()
             self._close_call()
             self._write(printable(delta.content))
         for piece in delta.tool_calls:
@@ -86,6 +92,7 @@ class Display:
             self._write(")\n")
 
     def _end_line(self) -> None:
+        self._is_reasoning = False
         self._close_call()
         if not self._is_at_line_start:
             self._write("\n")

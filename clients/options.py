@@ -34,7 +34,9 @@ def add_arguments(parser: argparse._ActionsContainer) -> None:
         metavar="NAME=VALUE",
         help="sampling parameter, such as temperature=0.8; may be given several times",
     )
-    parser.add_argument("--tools", type=Path, metavar="FILE", help="JSON file with tool definitions to offer the model")
+    parser.add_argument(
+        "--tools", type=Path, metavar="FILE", help="tools to offer the model: definitions (.json) or functions (.py)"
+    )
     parser.add_argument(
         "--history",
         type=Path,

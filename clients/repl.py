@@ -1,4 +1,4 @@
-"""The REPL: read a message, stream the answer, ask for the results of tool calls, until the user leaves.
+"""The REPL: read a message, stream the answer, run its tool calls or ask for their results, until the user leaves.
 
 Works on any `AsyncClient`: `api_client` gives it a server far away, `lmdserve chat` one in its own process. It needs
 the main thread, and Ctrl-C for itself: whoever embeds it must not handle SIGINT meanwhile.
@@ -91,13 +91,27 @@ class _Repl:
         return answer.tool_calls()
 
     async def _add_results(self, calls: list[Json]) -> bool:
-        """Ask the user for the result of each call; whether one was given, so that the model should go on.
+        """Run each call, or ask the user for its result; whether one was given, so that the model should go on.
 
         Each call gets a result, if only "not run": servers refuse a conversation with an unanswered call.
         """
-        results = [await self._reader.read_result(call["function"]["name"]) for call in calls]
+        results = [await self._result(call["function"]) for call in calls]
         for call, result in zip(calls, results, strict=True):
             self._session.conversation.messages.append(
                 {"role": "tool", "tool_call_id": call["id"], "content": NOT_RUN if result is None else result}
             )
         return any(result is not None for result in results)
+
+    async def _result(self, called: Json) -> str | None:
+        """Return the result of a call, or None when there is to be none; Ctrl-C stops a function, too."""
+        tool = self._session.conversation.functions.get(called["name"])
+        if tool is None:
+            return await self._reader.read_result(called["name"])
+        results: list[str] = []
+
+        async def run() -> None:
+            results.append(await tool.run(called["arguments"]))
+
+        await run_interruptible(run())
+        self._session.display.notice(f"{called['name']} gave {results[0]}" if results else f"{called['name']} stopped")
+        return results[0] if results else None

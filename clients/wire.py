@@ -74,6 +74,7 @@ class ChatDelta:
 
     index: int = 0
     content: str = ""
+    reasoning: str = ""  # what the model thinks before it answers
     tool_calls: tuple[ToolCallDelta, ...] = ()
     finish_reason: str | None = None
     usage: Usage | None = None
@@ -96,10 +97,12 @@ class ReplyBuilder:
     finish_reason: str | None = None
     usage: Usage | None = None
     _parts: list[str] = field(default_factory=list)
+    _reasoning: list[str] = field(default_factory=list)
 
     def add(self, delta: ChatDelta) -> None:
         """Take in one delta."""
         self._parts.append(delta.content)
+        self._reasoning.append(delta.reasoning)
         for piece in delta.tool_calls:
             self._add_tool_call(piece)
         self.finish_reason = delta.finish_reason or self.finish_reason
@@ -121,6 +124,8 @@ class ReplyBuilder:
         message: Json = {"role": "assistant", "content": content}
         if self.tool_calls:
             message |= {"content": content or None, "tool_calls": self.tool_calls}
+        if reasoning := "".join(self._reasoning):
+            message["reasoning_content"] = reasoning
         return ChatReply(message, self.finish_reason, self.usage)
 
 
@@ -159,6 +164,7 @@ def parse_deltas(chunk: Json) -> Iterator[ChatDelta]:
         yield ChatDelta(
             index=choice["index"],
             content=delta.get("content") or "",
+            reasoning=delta.get("reasoning_content") or delta.get("reasoning") or "",
             tool_calls=tuple(_tool_call(piece) for piece in delta.get("tool_calls") or ()),
             finish_reason=choice.get("finish_reason"),
         )

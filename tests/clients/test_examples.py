@@ -61,6 +61,18 @@ async def test_function_call(fake_server: Any) -> None:
     assert (messages[2]["content"], messages[2]["name"]) == ("3+5=8", "plugin")
 
 
+async def test_agent(fake_server: Any) -> None:
+    for name, arguments in (("add", '{"a": 3, "b": 5}'), ("mul", '{"a": 8, "b": 2}')):
+        call = {"id": "c1", "type": "function", "function": {"name": name, "arguments": arguments}}
+        fake_server.raw(whole_reply(tool_calls=[call]), content_type="application/json")
+    fake_server.raw(whole_reply(content="It is 16."), content_type="application/json")
+    shown = await run(fake_server, "agent.py")
+    assert shown.endswith("It is 16.\n")
+    results = [message["content"] for message in fake_server.bodies[2]["messages"] if message["role"] == "tool"]
+    assert results == ["8", "16"]
+    assert [tool["function"]["name"] for tool in fake_server.bodies[0]["tools"]] == ["add", "mul"]
+
+
 async def test_many_at_once(fake_server: Any) -> None:
     fake_server.raw(whole_reply(content="1. Sleep"), content_type="application/json")
     assert (await run(fake_server, "many_at_once.py")).count("1. Sleep") == 4

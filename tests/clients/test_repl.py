@@ -253,3 +253,34 @@ async def test_an_unknown_model_is_status_1_with_what_there_is(
 ) -> None:
     assert await talk(fake_server, "", model="dem") == 1
     assert "the server offers no model 'dem'; did you mean 'demo'?" in capsys.readouterr().out
+
+
+async def test_functions_of_a_file_run_without_asking(
+    fake_server: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text("def add(a: int, b: int) -> int:\n    'Add two numbers'\n    return a + b\n")
+    fake_server.call(("add", ['{"a": 3,', ' "b": 5}']))
+    fake_server.say("It is 8.")
+    await talk(fake_server, f"/tools {path}{ENTER}3+5?{ENTER}")
+    assert fake_server.bodies[0]["tools"][0]["function"]["description"] == "Add two numbers"
+    assert fake_server.bodies[1]["messages"][-1] == {"role": "tool", "tool_call_id": "call_0", "content": "8"}
+    shown = capsys.readouterr().out
+    assert "add gave 8" in shown
+    assert "It is 8." in shown
+
+
+async def test_reasoning_is_shown_before_the_answer_and_sent_back(
+    fake_server: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chunk = {"index": 0, "delta": {"reasoning_content": "Hm.", "reasoning": "Hm."}, "finish_reason": None}
+    end = {"index": 0, "delta": {"content": "Yes."}, "finish_reason": "stop"}
+    fake_server.stream([{"choices": [chunk]}, {"choices": [end]}])
+    fake_server.say("x")
+    await talk(fake_server, f"a{ENTER}b{ENTER}")
+    assert "Hm.\nYes.\n" in capsys.readouterr().out
+    assert fake_server.bodies[1]["messages"][1] == {
+        "role": "assistant",
+        "content": "Yes.",
+        "reasoning_content": "Hm.",
+    }
