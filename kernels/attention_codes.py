@@ -286,7 +286,7 @@ def value_operand(words, HEAD_DIM: tl.constexpr, BITS: tl.constexpr, ASSEMBLY: t
 
 @triton.jit
 def natural_order(elements, HEAD_DIM: tl.constexpr, BITS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Bring a product of `value_operand` [HEAD_DIM, heads] back to the head's own order and turn it: [heads, HEAD_DIM]."""
+    """Bring a product of `value_operand` [HEAD_DIM, heads] back to natural order, turned: [heads, HEAD_DIM]."""
     HEADS: tl.constexpr = elements.shape[1]
     if BITS == 4:
         blocks = elements.reshape(HEAD_DIM // 64, 4, 2, 8, HEADS)  # word, byte, half, lane

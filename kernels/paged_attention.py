@@ -74,7 +74,8 @@ def _find_part(  # type: ignore[no-untyped-def]
     if WINDOW > 0:
         starts = tl.maximum(lens - WINDOW, 0) // TILE * TILE
     tiles = tl.cdiv(tl.maximum(ends - starts, 0), TILE)
-    chunk = tl.maximum(tl.cdiv(tl.sum(tiles, axis=0), num_splits), 1)
+    # Each row's last part may be short: num_rows parts more than the sum over the chunk, at most.
+    chunk = tl.maximum(tl.cdiv(tl.sum(tiles, axis=0), tl.maximum(num_splits - num_rows, 1)), 1)
     parts = tl.where(rows < num_rows, tl.maximum(tl.cdiv(tiles, chunk), 1), 0)
     past = tl.cumsum(parts, axis=0)
     row = tl.sum((past <= part).to(tl.int32), axis=0)
@@ -202,21 +203,21 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
 
     tiles = tl.arange(0, TILES)[:, None] * TILE
     tokens = tiles + tl.arange(0, TILE)[None, :]
-    words = tl.arange(0, WIDTH)[None, None, :]
+    places = tl.arange(0, TILE)[None, :]
+    words = places[:, :, None] * WIDTH + tl.arange(0, WIDTH)[None, None, :]
     if BITS == 4:
         bias = -KEY_BIAS_FIRST * first_sum - KEY_BIAS_SECOND_4 * second_sum
     elif BITS == 8:
         bias = -KEY_BIAS_FIRST * query_sum
     for start in tl.range(first, end, TILES * TILE):
-        block_places = (blocks.to(tl.int64) * KV_HEADS + kv_head) * BLOCK_SIZE
-        places = block_places + (start + tokens) % BLOCK_SIZE
+        firsts = (blocks.to(tl.int64) * KV_HEADS + kv_head) * BLOCK_SIZE + (start + tiles) % BLOCK_SIZE
         following = start + TILES * TILE + tiles
         blocks = tl.load(table + following // BLOCK_SIZE, mask=following < end, other=0)
         is_seen = start + tokens < end
         if WINDOW > 0:
             is_seen &= start + tokens >= context_len - WINDOW
-        key_data = data + places[:, :, None] * WIDTH + words
-        value_data = key_data + value_places * WIDTH
+        key_data = (data + firsts * WIDTH)[:, :, None] + words
+        value_data = (data + (firsts + value_places) * WIDTH)[:, :, None] + words
         if BITS == 16:
             keys = tl.load(key_data, mask=is_seen[:, :, None], other=0.0)
             values = tl.load(value_data, mask=is_seen[:, :, None], other=0.0)
@@ -224,9 +225,11 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
         else:
             key_words = tl.load(key_data)
             value_words = tl.load(value_data)
-            key_scale, key_minimum = unpack_scales(tl.load(scales + places, mask=is_seen, other=_NEUTRAL_SCALES))
+            key_scale, key_minimum = unpack_scales(
+                tl.load(scales + firsts + places, mask=is_seen, other=_NEUTRAL_SCALES)
+            )
             value_scale, value_minimum = unpack_scales(
-                tl.load(scales + value_places + places, mask=is_seen, other=_NEUTRAL_SCALES)
+                tl.load(scales + (firsts + value_places) + places, mask=is_seen, other=_NEUTRAL_SCALES)
             )
             keys = key_operand(key_words, HEAD_DIM, BITS, ASSEMBLY)
             start_scores = tl.zeros((TILES, TILE, COLUMNS), tl.float32) + bias[None, None, :]
@@ -281,27 +284,21 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
     best = tl.full((COLUMNS,), float("-inf"), tl.float32)
     denominator = tl.zeros((COLUMNS,), tl.float32)
     total = tl.zeros((COLUMNS, HEAD_DIM), tl.float32)
-    numbers = tl.arange(0, PARTS)[:, None]
     for start in tl.range(0, num_parts, PARTS, num_stages=1):
-        some = row_parts + (start + numbers) * HEADS + head[None, :]
-        are_some = (start + numbers < num_parts) & is_head[None, :]
-        weights = tl.load(partial_weights + some, mask=are_some, other=float("-inf"), cache_modifier=".cg")
-        largest = tl.maximum(best, tl.max(weights, axis=0))
-        finite = tl.where(largest == float("-inf"), 0.0, largest)
-        rescale = exp2(best - finite, ASSEMBLY)
-        denominator *= rescale
-        total *= rescale[:, None]
-        best = largest
-        for other in tl.static_range(PARTS):
+        for other in tl.static_range(PARTS):  # independent loads, all in flight together
             theirs = row_parts + (start + other) * HEADS
             is_there = is_head & (start + other + heads * 0 < num_parts)
             weight = tl.load(partial_weights + theirs + head, mask=is_there, other=float("-inf"), cache_modifier=".cg")
             output = tl.load(
                 partial_outputs + theirs * HEAD_DIM + cells, mask=is_there[:, None], other=0.0, cache_modifier=".cg"
             )
-            share = exp2(weight - finite, ASSEMBLY)
-            denominator += share
-            total += output * share[:, None]
+            largest = tl.maximum(best, weight)
+            finite = tl.where(largest == float("-inf"), 0.0, largest)
+            rescale = exp2(best - finite, ASSEMBLY)
+            portion = exp2(weight - finite, ASSEMBLY)
+            denominator = denominator * rescale + portion
+            total = total * rescale[:, None] + output * portion[:, None]
+            best = largest
     total *= (1.0 / tl.where(is_head, denominator, 1.0))[:, None]
     tl.store(target, total.to(out.dtype.element_ty), mask=is_cell)
 

@@ -19,12 +19,19 @@ from .attention_codes import multiply
 from .attention_scratch import dense_start, dequantize_contexts, dequantized_tile, scratch_blocks
 from .attention_workspace import AttentionWorkspace
 from .kv_cache import check_sizes, kv_words
-from .launch import is_interpreted, launch_options, release_next_kernel, wait_for_previous_kernel
+from .launch import (
+    has_programmatic_launch,
+    is_interpreted,
+    launch_options,
+    release_next_kernel,
+    wait_for_previous_kernel,
+)
 
 _TILE_ROWS = 128
-_TILE_CONTEXT = 64
 _NUM_WARPS = 8
-_NUM_STAGES = 2
+# Context tokens a tile, and tiles in flight; before Hopper larger ones spill registers.
+_HOPPER_TILE = {"TILE": 64, "num_stages": 3}
+_TILE = {"TILE": 32, "num_stages": 2}
 # Rows of the longest chunk, tokens times heads of a group, from which dequantizing beforehand pays: four tiles.
 _LEAST_ROWS_FOR_SCRATCH = 512
 
@@ -52,22 +59,46 @@ def _find_tile(query_starts, context_lens, num_sequences, tile, SEQUENCES: tl.co
 def _load_tile(  # type: ignore[no-untyped-def]
     data,
     scales,
-    places,
+    first_place,
+    offsets,
     is_inside,
     HEAD_DIM: tl.constexpr,
     BITS: tl.constexpr,
     MASKED: tl.constexpr,
     OPERAND: tl.constexpr,
 ):
-    """Load a tile of keys or values [tokens, HEAD_DIM] as OPERAND; tokens that are not inside are zeros."""
+    """Load a tile of keys or values [tokens, HEAD_DIM] as OPERAND; tokens that are not inside are zeros.
+
+    The tile's places are first_place (int64, one or one a token) + offsets (int32, the same for every tile).
+    """
     if BITS != 16:
-        return dequantized_tile(data, scales, places, is_inside, HEAD_DIM, BITS, OPERAND)
+        return dequantized_tile(data, scales, first_place + offsets, is_inside, HEAD_DIM, BITS, OPERAND)
     else:
-        pointers = data + places[:, None] * HEAD_DIM + tl.arange(0, HEAD_DIM)[None, :]
+        elements = offsets[:, None] * HEAD_DIM + tl.arange(0, HEAD_DIM)[None, :]
+        first = data + first_place * HEAD_DIM
+        pointers = first[:, None] + elements if len(first_place.shape) == 1 else first + elements
         if MASKED:
             return tl.load(pointers, mask=is_inside[:, None], other=0.0)
         else:
             return tl.load(pointers)
+
+
+@triton.jit
+def _block_of(  # type: ignore[no-untyped-def]
+    table, dense, start, context_len, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr, DENSE: tl.constexpr
+):
+    """Return the block of the tile that starts at `start`, or the block of each of its tokens if it spans several."""
+    if TILE > BLOCK_SIZE:
+        token = start + tl.arange(0, TILE)
+        if DENSE:
+            return dense + token // BLOCK_SIZE
+        else:
+            return tl.load(table + token // BLOCK_SIZE, mask=token < context_len, other=0)
+    else:
+        if DENSE:
+            return dense + start // BLOCK_SIZE
+        else:
+            return tl.load(table + start // BLOCK_SIZE, mask=start < context_len, other=0)
 
 
 @triton.jit
@@ -78,8 +109,7 @@ def _attend(  # type: ignore[no-untyped-def]
     total,
     data,
     scales,
-    table,
-    dense,
+    block,
     kv_head,
     value_places,
     start,
@@ -92,35 +122,34 @@ def _attend(  # type: ignore[no-untyped-def]
     BITS: tl.constexpr,
     WINDOW: tl.constexpr,
     TILE: tl.constexpr,
-    DENSE: tl.constexpr,
     MASKED: tl.constexpr,
     COMPILED: tl.constexpr,
 ):
     """Take one tile of the context into the rows' softmax state (largest raw score, denominator, total)."""
+    ROWS: tl.constexpr = query.shape[0]
     token = start + tl.arange(0, TILE)
     is_inside = token < context_len
-    if DENSE:
-        block = (dense + token // BLOCK_SIZE).to(tl.int64)
-    elif TILE <= BLOCK_SIZE:
-        block = tl.load(table + start // BLOCK_SIZE).to(tl.int64)
+    first_place = (block.to(tl.int64) * KV_HEADS + kv_head) * BLOCK_SIZE
+    offsets = tl.arange(0, TILE)
+    if TILE > BLOCK_SIZE:
+        offsets %= BLOCK_SIZE
     else:
-        block = tl.load(table + token // BLOCK_SIZE, mask=is_inside, other=0).to(tl.int64)
-    places = (block * KV_HEADS + kv_head) * BLOCK_SIZE + token % BLOCK_SIZE
-    keys = _load_tile(data, scales, places, is_inside, HEAD_DIM, BITS, MASKED, query.dtype)
-    scores = multiply(query, keys.T, tl.zeros((query.shape[0], TILE), tl.float32), COMPILED)
+        first_place += start % BLOCK_SIZE
+    keys = _load_tile(data, scales, first_place, offsets, is_inside, HEAD_DIM, BITS, MASKED, query.dtype)
+    scores = multiply(query, keys.T, tl.zeros((ROWS, TILE), tl.float32), COMPILED)
     if MASKED:
         is_seen = token[None, :] <= position[:, None]
         if WINDOW > 0:
             is_seen &= token[None, :] > position[:, None] - WINDOW
         scores = tl.where(is_seen, scores, float("-inf"))
     new_largest = tl.maximum(largest, tl.max(scores, axis=1))
-    shift = tl.where(new_largest == float("-inf"), 0.0, -new_largest * scale_log2)
-    weights = tl.math.exp2(
-        tl.math.fma(scores, scale_log2 + tl.zeros_like(scores), shift[:, None] + tl.zeros_like(scores))
-    )
-    rescale = tl.math.exp2(tl.math.fma(largest, scale_log2 + tl.zeros_like(largest), shift))
+    finite = tl.where(new_largest == float("-inf"), 0.0, new_largest)
+    shift = tl.broadcast_to((-finite * scale_log2)[:, None], (ROWS, TILE))
+    weights = tl.math.exp2(tl.math.fma(scores, tl.full((ROWS, TILE), 0.0, tl.float32) + scale_log2, shift))
+    rescale = tl.math.exp2((largest - finite) * scale_log2)  # exactly one where the maximum stays
     denominator = tl.math.fma(denominator, rescale, tl.sum(weights, axis=1))
-    values = _load_tile(data, scales, places + value_places, is_inside, HEAD_DIM, BITS, MASKED, query.dtype)
+    first_place += value_places
+    values = _load_tile(data, scales, first_place, offsets, is_inside, HEAD_DIM, BITS, MASKED, query.dtype)
     total = multiply(weights.to(query.dtype), values, total * rescale[:, None], COMPILED)
     return new_largest, denominator, total
 
@@ -183,20 +212,25 @@ def _prefill_kernel(  # type: ignore[no-untyped-def]
     largest = tl.full((ROWS,), float("-inf"), tl.float32)
     denominator = tl.zeros((ROWS,), tl.float32)
     total = tl.zeros((ROWS, HEAD_DIM), tl.float32)
-    if WINDOW > 0:
-        masked_start = tl.maximum(first_position - WINDOW + 1, 0) // TILE * TILE
-    else:
+    first = tl.maximum(first_position - WINDOW + 1, 0) // TILE * TILE if WINDOW > 0 else 0
+    block = _block_of(table, dense, first, context_len, BLOCK_SIZE, TILE, DENSE)
+    masked_start = first
+    if WINDOW == 0:
         masked_start = (first_position + 1) // TILE * TILE
         for start in tl.range(0, masked_start, TILE):
+            following = _block_of(table, dense, start + TILE, context_len, BLOCK_SIZE, TILE, DENSE)
             largest, denominator, total = _attend(
-                queries, largest, denominator, total, data, scales, table, dense, kv_head, value_places, start,
-                position, context_len, scale_log2, KV_HEADS, HEAD_DIM, BLOCK_SIZE, BITS, WINDOW, TILE, DENSE, False, COMPILED,
+                queries, largest, denominator, total, data, scales, block, kv_head, value_places, start, position,
+                context_len, scale_log2, KV_HEADS, HEAD_DIM, BLOCK_SIZE, BITS, WINDOW, TILE, False, COMPILED,
             )  # fmt: skip
+            block = following
     for start in tl.range(masked_start, end, TILE):
+        following = _block_of(table, dense, start + TILE, context_len, BLOCK_SIZE, TILE, DENSE)
         largest, denominator, total = _attend(
-            queries, largest, denominator, total, data, scales, table, dense, kv_head, value_places, start,
-            position, context_len, scale_log2, KV_HEADS, HEAD_DIM, BLOCK_SIZE, BITS, WINDOW, TILE, DENSE, True, COMPILED,
+            queries, largest, denominator, total, data, scales, block, kv_head, value_places, start, position,
+            context_len, scale_log2, KV_HEADS, HEAD_DIM, BLOCK_SIZE, BITS, WINDOW, TILE, True, COMPILED,
         )  # fmt: skip
+        block = following
     release_next_kernel(PDL)
     total /= tl.where(denominator == 0.0, 1.0, denominator)[:, None]  # only rows past the end saw nothing
     tl.store(out + cells, total.to(out.dtype.element_ty), mask=is_row[:, None])
@@ -278,10 +312,9 @@ def prefill_attention(
         WINDOW=sliding_window or 0,
         SEQUENCES=max(16, triton.next_power_of_2(num_sequences)),
         ROWS=_TILE_ROWS,
-        TILE=_TILE_CONTEXT,
         DENSE=num_scratch_blocks > 0,
         COMPILED=not is_interpreted(),
         num_warps=_NUM_WARPS,
-        num_stages=_NUM_STAGES,
+        **(_HOPPER_TILE if has_programmatic_launch(query.device) else _TILE),
         **launch_options(query.device),
     )
