@@ -13,11 +13,13 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+import jinja2
+
 from lmdserve.tools.api import ControlToken, ToolFormat
 from lmdserve.tools.reasoning import END, START, ReasoningFormat, reasoning_format_for
 from lmdserve.tools.registry import format_for
 
-from .chat_messages import ChatTemplateError, template_messages
+from .chat_messages import ChatTemplateError, one_call_a_turn, template_messages
 from .model_folder import read_json_object
 from .provenance import ControlTokenShield
 from .template_env import ChatTemplate
@@ -146,7 +148,7 @@ class ChatRenderer:
                 "documents": None,
                 "add_generation_prompt": add_generation_prompt and not continue_final_message,
             }
-            rendered = template.render(self._with_tools(variables, tools))
+            rendered = _render(template, self._with_tools(variables, tools))
         except ChatTemplateError:
             raise
         except RecursionError as error:
@@ -231,6 +233,15 @@ class ChatRenderer:
         if end < 0:
             raise ChatTemplateError("this model's chat template hides the last message's text", "messages")
         return rendered[:end]
+
+
+def _render(template: ChatTemplate, variables: dict[str, Any]) -> str:
+    try:
+        return template.render(variables)
+    except jinja2.TemplateError:
+        if all(len(message.get("tool_calls", ())) < 2 for message in variables["messages"]):
+            raise
+    return template.render({**variables, "messages": one_call_a_turn(variables["messages"])})
 
 
 def _compiled(source: TemplateSource | None) -> ChatTemplate | None:

@@ -5,6 +5,7 @@
 * Content as a list of text parts becomes one string, the parts separated by a newline: clients send parts as separate
   blocks, and run together they would read wrong. Content None becomes "", as it stands beside tool calls.
 * The arguments of earlier tool calls become objects: the API has them as JSON text, templates print them as JSON.
+* Several calls in one turn become turns with one call each, where the template refuses them otherwise.
 """
 
 import json
@@ -30,6 +31,34 @@ def template_messages(messages: Sequence[Mapping[str, Any]], *, knows_environmen
         _template_message(message, f"messages[{position}]", knows_environment)
         for position, message in enumerate(messages)
     ]
+
+
+def one_call_a_turn(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return the messages with the calls of one turn as turns of their own, each before its result.
+
+    For templates that take one call a turn. Results are told apart by their ids, else by their order.
+    """
+    spread: list[dict[str, Any]] = []
+    rest = list(messages)
+    while rest:
+        message = dict(rest.pop(0))
+        calls = message.get("tool_calls", [])
+        if len(calls) < 2:  # one call is a turn already
+            spread.append(message)
+            continue
+        results: list[dict[str, Any]] = []
+        while rest and rest[0]["role"] in ("tool", "environment"):
+            results.append(dict(rest.pop(0)))
+        for call in calls:
+            spread.append({**message, "tool_calls": [call]})
+            message = {"role": message["role"], "content": ""}  # text and reasoning stand before the first call
+            own = next((result for result in results if result.get("tool_call_id") == call.get("id")), None)
+            own = own or next((result for result in results if "tool_call_id" not in result), None)
+            if own is not None:
+                spread.append(own)
+                results.remove(own)
+        spread += results
+    return spread
 
 
 def _template_message(message: Mapping[str, Any], param: str, knows_environment: bool) -> dict[str, Any]:

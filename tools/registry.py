@@ -36,11 +36,19 @@ def format_for(
         return HermesFormat.for_tokens(tokens, chat_template=None)
     if model_type in _INTERNLM2_MODEL_TYPES and InternLM2Format.control_tokens <= tokens:
         return InternLM2Format(chat_template=None) if shows_tools else InternLM2Format()
-    if MistralFormat.call_openers <= tokens and _has_turns(template, "[INST]"):
+    if MistralFormat.call_openers <= tokens and _is_of(template, "[INST]", "[TOOL_CALLS]", shows_tools):
         return MistralFormat.for_tokens(tokens, chat_template=None if shows_tools else MISTRAL_TEMPLATE)
-    if model_type == "llama" and tokens >= LLAMA_TOKENS and _has_turns(template, "<|start_header_id|>"):
+    if (
+        model_type == "llama"
+        and tokens >= LLAMA_TOKENS
+        and _is_of(template, "<|start_header_id|>", "ipython", shows_tools)
+    ):
         return LlamaFormat(chat_template=None) if shows_tools else LlamaFormat()
-    if model_type in _HERMES_MODEL_TYPES and tokens >= HERMES_TAGS and _has_turns(template, "<|im_start|>"):
+    if (
+        model_type in _HERMES_MODEL_TYPES
+        and tokens >= HERMES_TAGS
+        and _is_of(template, "<|im_start|>", "", shows_tools)
+    ):
         return None if shows_tools else HermesFormat.for_tokens(tokens, chat_template=HERMES_TEMPLATE)
     return None
 
@@ -49,6 +57,6 @@ def _writes_hermes(template: str) -> bool:
     return "<tool_call>" in template and "arguments" in template and not any(mark in template for mark in _NOT_HERMES)
 
 
-def _has_turns(template: str, mark: str) -> bool:
-    """Whether the template is of the family that writes this mark; models without a template may be."""
-    return not template or mark in template
+def _is_of(template: str, turn_mark: str, tool_mark: str, shows_tools: bool) -> bool:
+    """Whether the template is of the family that writes these marks; models without a template may be."""
+    return not template or (turn_mark in template and (not shows_tools or tool_mark in template))

@@ -146,6 +146,36 @@ async def test_mistral_ids_are_what_its_templates_take(served_models: dict[str, 
         assert f'[TOOL_RESULTS]{{"content": "22", "call_id": "{call_id}"}}[/TOOL_RESULTS]' in prompt
 
 
+@pytest.mark.parametrize(
+    ("name", "reply"),
+    [
+        ("qwen", f"Let me see.\n{QWEN_CALL}"),
+        ("qwen", f"<think>\nHm.\n</think>\n\nb\n{QWEN_CALL}\n{QWEN_CALL}"),
+        ("llama", CALL.replace("arguments", "parameters")),
+        ("internlm2", f"Sure.<|action_start|><|plugin|>\n{CALL.replace('arguments', 'parameters')}<|action_end|>"),
+    ],
+)
+async def test_an_answer_that_is_sent_back_gives_the_tokens_that_were_generated(
+    served_models: dict[str, ServedModel], name: str, reply: str
+) -> None:
+    """So the next request finds the whole conversation in the prefix cache."""
+    async with serving(served_models, name) as served:
+        served.engine.script = lambda request: served.toy.answer(reply)
+        message = (await served.post(tools=[WEATHER]))["choices"][0]["message"]
+        results = [{"role": "tool", "tool_call_id": call["id"], "content": "22"} for call in message["tool_calls"]]
+        rendered = await served.post("/v1/chat/render", tools=[WEATHER], messages=[USER, message, *results])
+        known = [*served.engine.requests[0].prompt_token_ids, *served.toy.ids(reply + served.toy.turn_end)]
+        assert rendered["prompt_token_ids"][: len(known)] == known
+
+
+async def test_an_end_of_text_is_no_content(served_models: dict[str, ServedModel]) -> None:
+    """A control token that no format knows was content where tools were offered, as in `Hello.</s>`."""
+    async with serving(served_models, "internlm2") as served:
+        for fields in ({}, {"tools": [WEATHER]}):
+            served.engine.script = lambda request: served.toy.answer("Hello.</s>", finish=FinishReason.LENGTH)
+            assert (await served.post(**fields))["choices"][0]["message"]["content"] == "Hello."
+
+
 # --- reasoning ---
 
 

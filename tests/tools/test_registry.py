@@ -38,7 +38,10 @@ QWEN = CHATML + """{{ tools }} <tool_call>\n{"name": <function-name>, "arguments
 QWEN_CODER = CHATML + "{{ tools }} <tool_call>\n<function=f>\n<parameter=x>{{ arguments }}</parameter></function>"
 GLM = "{{ tools }} <tool_call>f<arg_key>x</arg_key><arg_value>{{ arguments }}</arg_value></tool_call>"
 LLAMA = "{{ '<|start_header_id|>' + messages[0].content }}"
+LLAMA_WITH_TOOLS = LLAMA + "{% if tools %}Environment: ipython{{ tools }}{% endif %}"
+NEMOTRON = LLAMA + "{{ tools }}<TOOLCALL>{{ arguments }}</TOOLCALL>"
 MISTRAL = "{{ '[INST]' + messages[0].content }}"
+MISTRAL_WITH_TOOLS = MISTRAL + "{{ '[AVAILABLE_TOOLS]' + tools }}[TOOL_CALLS]"
 DEEPSEEK = "{{ '<｜User｜>' + messages[0].content }}"
 
 QWEN_TOKENS = ["<|im_start|>", "<|im_end|>", "<tool_call>", "</tool_call>"]
@@ -56,10 +59,10 @@ MISTRAL_TOKENS = ["<s>", "</s>", "[INST]", "[/INST]", "[TOOL_CALLS]"]
         ("llama", QWEN, ["<|im_start|>", "<|im_end|>"], "hermes", None),
         ("llama", QWEN, LLAMA_TOKENS, "hermes", None),
         ("internlm2", QWEN, TOKENS, "hermes", None),
-        ("llama", LLAMA + "{{ tools }}", LLAMA_TOKENS, "llama3", None),
+        ("llama", LLAMA_WITH_TOOLS, LLAMA_TOKENS, "llama3", None),
         ("llama", LLAMA, LLAMA_TOKENS, "llama3", LLAMA_TEMPLATE),
         ("llama", None, LLAMA_TOKENS, "llama3", LLAMA_TEMPLATE),
-        ("mistral", MISTRAL + "{{ tools }}", MISTRAL_TOKENS, "mistral", None),
+        ("mistral", MISTRAL_WITH_TOOLS, MISTRAL_TOKENS, "mistral", None),
         ("mistral", MISTRAL, MISTRAL_TOKENS, "mistral", MISTRAL_TEMPLATE),
         ("mixtral", None, MISTRAL_TOKENS, "mistral", MISTRAL_TEMPLATE),
     ],
@@ -79,9 +82,11 @@ def test_by_template_and_tokens(model_type, own_template, control_tokens, name, 
         ("qwen2", CHATML, QWEN_TOKENS[:2]),
         ("qwen2", DEEPSEEK, QWEN_TOKENS),  # distilled into Qwen: its tokens, another's turns
         ("llama", DEEPSEEK, LLAMA_TOKENS),
+        ("llama", NEMOTRON, LLAMA_TOKENS),  # Llama's turns and tokens, calls in tags of its own
         ("llama", LLAMA, LLAMA_TOKENS[:4]),  # Llama 3 without the tag of 3.1
         ("mistral", MISTRAL, MISTRAL_TOKENS[:4]),
         ("mistral", DEEPSEEK, MISTRAL_TOKENS),
+        ("mistral", MISTRAL + "{{ tools }}", MISTRAL_TOKENS),
     ],
 )
 def test_none_where_nothing_is_known(model_type, own_template, control_tokens):
@@ -89,6 +94,6 @@ def test_none_where_nothing_is_known(model_type, own_template, control_tokens):
 
 
 def test_what_a_template_shows_counts_more_than_what_it_mentions():
-    mentions = LLAMA + "{% set ignored = tools %}"
+    mentions = LLAMA + "{% set ignored = tools %}Environment: ipython"
     assert format_for("llama", mentions, LLAMA_TOKENS).chat_template is None
     assert format_for("llama", mentions, LLAMA_TOKENS, shows_tools=False).chat_template == LLAMA_TEMPLATE

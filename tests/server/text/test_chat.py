@@ -387,3 +387,32 @@ def test_lone_surrogates_in_arguments(renderers: dict[str, ChatRenderer]) -> Non
     """JSON may spell half a character; the prompt then holds a replacement character."""
     call = _calling({"name": "f", "arguments": '{"a": "\\ud83d"}'})
     renderers["internlm2"].render([*HELLO, call])
+
+
+# --- templates that take one call a turn ---
+
+
+def _call(name: str, call_id: str | None = None) -> dict[str, Any]:
+    call = {"type": "function", "function": {"name": name, "arguments": "{}"}}
+    return call if call_id is None else {"id": call_id, **call}
+
+
+@pytest.mark.parametrize("with_ids", [True, False])
+def test_several_calls_become_turns_of_their_own(renderers: dict[str, ChatRenderer], with_ids: bool) -> None:
+    """Llama's template refuses more than one call a turn, but its models make them."""
+    ids = [{"tool_call_id": "1"}, {"tool_call_id": "2"}] if with_ids else [{}, {}]
+    results = [{"role": "tool", "content": f"result {place + 1}", **ids[place]} for place in range(2)]
+    calls = [_call("a", "1" if with_ids else None), _call("b", "2" if with_ids else None)]
+    messages = [*HELLO, {"role": "assistant", "content": "Both.", "tool_calls": calls},
+                *(reversed(results) if with_ids else results), {"role": "user", "content": "Thanks"}]  # fmt: skip
+    assistant, result = (f"<|start_header_id|>{role}<|end_header_id|>\n\n" for role in ("assistant", "ipython"))
+    turns = [f'{assistant}{{"name": "a", "parameters": {{}}}}', f"{result}result 1",
+             f'{assistant}{{"name": "b", "parameters": {{}}}}', f"{result}result 2"]  # fmt: skip
+    assert "<|eot_id|>".join(turns) in renderers["llama3"].render_text(messages)
+    single = [*HELLO, {"role": "assistant", "content": "", "tool_calls": [calls[0]]}, results[0]]
+    assert "".join(turns[:1]) in renderers["llama3"].render_text(single)
+
+
+def test_calls_stay_together_where_the_template_takes_them(renderers: dict[str, ChatRenderer]) -> None:
+    messages = [*HELLO, {"role": "assistant", "content": "", "tool_calls": [_call("a"), _call("b")]}]
+    assert renderers["qwen"].render_text(messages).count("<|im_start|>assistant") == 2  # the turn, and the next one
