@@ -19,6 +19,8 @@ from .json_scanner import ScanState
 
 _NAME = re.compile(r"[A-Za-z_]\w*")
 _CALL = ".call("
+_MAX_NAME_CHARS = 128  # the built-in tools' have 12 and 13; the name is matched from its start each time
+_MAX_BUILTIN_CHARS = 20_000  # read in one go, in some milliseconds; longer calls are code
 
 
 class PythonTagCall:
@@ -31,7 +33,8 @@ class PythonTagCall:
         self._json: JsonBlock | None = None
         self._code: CodeCall | None = None
         self._num_builtin_calls = 0
-        self._text = ""  # what came while its kind was not certain
+        self._held: list[str] = []  # what came while its kind was not certain
+        self._opening = ""  # what of it can be the opening of a built-in call
         self._step: Callable[[str, int, list[Event]], int] = self._find_kind
 
     @property
@@ -60,7 +63,7 @@ class PythonTagCall:
     def close(self, events: list[Event], *, by_marker: bool) -> bool:
         """End the block. Code that no marker ended was cut off, and is not to be run."""
         if self._code is None and self._json is None:
-            call = _read_builtin(self._text)
+            call = _read_builtin("".join(self._held))
             if call is not None and self._is_offered(call[0]):
                 self._send_builtin(*call, events)
                 return True
@@ -71,31 +74,34 @@ class PythonTagCall:
 
     def _find_kind(self, text: str, position: int, events: list[Event]) -> int:
         """Take text until it cannot be a built-in call any more; `close` reads what can."""
-        if not self._text.strip() and text[position] in "{[":
-            self._text = ""
+        character = text[position]
+        if not self._opening and character in "{[":
             self._json = JsonBlock(self._indices, self._rules, may_be_fenced=False, may_be_sequence=True)
             self._step = self._read_json
             return position
-        self._text += text[position]
-        if not _may_be_builtin(self._text.lstrip()):
+        self._held.append(character)
+        if not self._opening and character.isspace():
+            return position + 1
+        self._opening += character
+        if not _may_be_builtin(self._opening):
             self._begin_code(events)
-        elif _CALL in self._text:
+        elif self._opening.endswith(_CALL):
             self._step = self._read_builtin_on
         return position + 1
 
     def _read_builtin_on(self, text: str, position: int, events: list[Event]) -> int:
-        self._text += text[position:]
+        self._held.append(text[position:])
         return len(text)
 
     def _read_json(self, text: str, position: int, events: list[Event]) -> int:
         assert self._json is not None
         end = self._json.feed(text, position, events)
         if self._json.num_calls or self._json.open_index is not None:
-            self._text = ""
+            self._held = []
         else:
-            self._text += text[position:end]
+            self._held.append(text[position:end])
         if self._json.state is ScanState.INVALID:
-            if self._text:
+            if self._held:
                 self._json = None
                 self._begin_code(events)
             else:
@@ -108,8 +114,8 @@ class PythonTagCall:
             self.state = ScanState.INVALID
             return
         self._code = CodeCall(self._indices)
-        self._code.feed(self._text, 0, events)
-        self._text = ""
+        self._code.feed("".join(self._held), 0, events)
+        self._held = []
         self._step = self._code.feed
 
     def _is_offered(self, name: str) -> bool:
@@ -124,10 +130,8 @@ class PythonTagCall:
 
 def _may_be_builtin(text: str) -> bool:
     """Whether `text` is the beginning of `name.call(`, or goes on behind it."""
-    if not text:
-        return True
     name = _NAME.match(text)
-    if name is None:
+    if name is None or name.end() > _MAX_NAME_CHARS:
         return False
     rest = text[name.end() : name.end() + len(_CALL)]
     return _CALL.startswith(rest)
@@ -135,6 +139,8 @@ def _may_be_builtin(text: str) -> bool:
 
 def _read_builtin(text: str) -> tuple[str, str] | None:
     """Return the name and arguments (JSON) of `name.call(key=literal, ...)`, or None for anything else."""
+    if len(text) > _MAX_BUILTIN_CHARS:
+        return None
     try:
         call = ast.parse(text.strip(), mode="eval").body
         if not isinstance(call, ast.Call) or call.args or not isinstance(call.func, ast.Attribute):

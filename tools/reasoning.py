@@ -61,7 +61,7 @@ class ReasoningParser:
         self._call_openers = call_openers
         self._lexer = MarkerLexer({START: _Tag.START, END: _Tag.END}, match_text=match_text)
         self._state = _State.REASONING if is_open else _State.BEFORE
-        self._gap = ""  # whitespace that nothing has followed yet
+        self._gap: list[str] = []  # whitespace that nothing has followed yet
         self._has_reasoning = False
         self._end_is_due = False  # a call ended the reasoning before its closing tag came
         self._events: list[Event] = []
@@ -83,7 +83,7 @@ class ReasoningParser:
         for text in self._lexer.finish():
             self._take_text(text)
         if self._state is _State.BEFORE:
-            self._answer(self._gap)
+            self._answer("".join(self._gap))
         if self._answer_parser is not None:
             self._events += self._answer_parser.finish()
         return self._events
@@ -114,9 +114,9 @@ class ReasoningParser:
 
     def _take_tag(self, tag: "Marker[_Tag]", piece: Piece) -> None:
         if tag.kind is _Tag.START and self._state is _State.BEFORE:
-            self._state, self._gap = _State.REASONING, ""
+            self._state, self._gap = _State.REASONING, []
         elif tag.kind is _Tag.END and self._state is _State.REASONING:
-            self._state, self._gap = _State.ANSWER_START, ""
+            self._state, self._gap = _State.ANSWER_START, []
         elif tag.kind is _Tag.END and self._end_is_due:
             self._end_is_due = False
         elif tag.by_id and self._state is not _State.REASONING:
@@ -131,26 +131,24 @@ class ReasoningParser:
         elif self._state is _State.REASONING:
             self._take_reasoning(text)
         elif text.isspace() or not text:
-            self._gap += text
+            self._gap.append(text)
         else:
             self._begin_answer(text)
 
     def _take_reasoning(self, text: str) -> None:
-        text = self._gap + text
-        if not self._has_reasoning:
-            text = text.lstrip()
-        shown = text.rstrip()
-        self._gap = text[len(shown) :]
-        if shown:
-            self._has_reasoning = True
+        words = text.rstrip()
+        if words:
+            shown = "".join([*self._gap, words]) if self._has_reasoning else words.lstrip()
             self._events.append(ReasoningDelta(shown))
+            self._has_reasoning, self._gap = True, []
+        self._gap.append(text[len(words) :])
 
     def _begin_answer(self, text: str = "") -> None:
         if self._state is _State.BEFORE:
-            text = self._gap + text
+            text = "".join(self._gap) + text
         elif self._state is _State.ANSWER_START:
             text = text.lstrip()
-        self._state, self._gap = _State.ANSWER, ""
+        self._state, self._gap = _State.ANSWER, []
         self._answer(text)
 
     def _answer(self, piece: Piece) -> None:
