@@ -2,8 +2,8 @@
 
 Owns the choice between two products. The tiled one dequantizes a few output rows at a time, so that the floats stay in
 the cache, and multiplies them as `linear.py` multiplies dense weights: in float32 it keeps that file's promise, a row's
-bits depend on that row alone. torch's int4 product never makes the floats at all. Measured with one thread on a Xeon
-(AVX-512, torch 2.13), in microseconds for 1 / 8 / 64 / 512 rows:
+bits depend on that row alone. torch's int4 product never makes the floats at all. benchmarks/cpu_four_bit.py, one
+thread of a Xeon (AVX-512, torch 2.13), microseconds for 1 / 8 / 64 / 512 rows:
 
     weight       dtype      whole weight dequantized        tiled                          torch's int4 product
     2048 x 8192  float32    53760 / 57019 / 68728 / 169363  16476 / 17573 / 31394 / 137277  29345 a row
