@@ -181,7 +181,7 @@ async def measure_all(
 ) -> None:
     model = ModelConfig.from_folder(resolve_model_folder(config.model, config.revision))
     device = KNOWN_DEVICES.get(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
-    floor = None if device is None else Floor(model, config.quant_policy or 16, device)
+    floor = None if device is None else Floor(model, config.quant_policy or 16, device, config.lm_head_bits)
     rng = random.Random(0)
     await engine.start()
     for work in arguments.work:

@@ -3,7 +3,7 @@
 Owns the arithmetic of the floors in the benchmark tables, from a model's geometry alone. Phases follow one another, and
 each takes the longer of its bytes and its flops: the layers' products, the head, attention. A weight of 4 bits with a
 16-bit scale and a 4-bit zero point for 128 inputs is 4.156 bits; a quantized key or value costs its bits and 4 bytes of
-scale and minimum a head; the head is read at 16 bits. Norms, sampling, embeddings and launches cost nothing here.
+scale and minimum a head; the head is read at 16 bits or 8. Norms, sampling, embeddings and launches cost nothing here.
 """
 
 from dataclasses import dataclass
@@ -32,6 +32,7 @@ class Floor:
     model: ModelConfig
     kv_bits: int  # 16 for a cache that is not quantized
     device: Device
+    head_bits: int = 16
 
     def prefill_s(self, num_tokens: int) -> float:
         """Return the time of a prompt up to its first token."""
@@ -70,7 +71,7 @@ class Floor:
         return self._product_s(self.linear_weights, bits / 8, num_rows)
 
     def _head_s(self, num_rows: int) -> float:
-        return self._product_s(self.model.hidden_size * self.model.vocab_size, 2, num_rows)
+        return self._product_s(self.model.hidden_size * self.model.vocab_size, self.head_bits / 8, num_rows)
 
     def _product_s(self, num_weights: int, weight_bytes: float, num_rows: int) -> float:
         return max(num_weights * weight_bytes / self.device.bandwidth, 2 * num_weights * num_rows / self.device.flops)
