@@ -16,6 +16,7 @@ from lmdserve.engine.api import (
     EngineDeadError,
     EngineDrainingError,
     EngineError,
+    EngineInfo,
     FinishReason,
     InvalidRequestError,
     QueueFullError,
@@ -23,6 +24,8 @@ from lmdserve.engine.api import (
     SamplingParams,
 )
 from lmdserve.engine.loop import AsyncEngine, FinishRate
+from lmdserve.engine.sampler import sample
+from lmdserve.engine.sequence import new_sequence
 
 BuildEngine = Callable[..., AsyncEngine]
 
@@ -94,6 +97,39 @@ async def test_requests_join_and_leave_at_every_step(build_fake_engine: BuildEng
         outputs = await asyncio.gather(*(late(engine, index) for index in range(len(jobs))))
     assert outputs == [fake_model.greedy(prompt, max_tokens) for prompt, max_tokens in jobs]
     assert max(fake_model.batch_sizes) > 2
+
+
+def _decode_alone(fake_model: Any, request: Request) -> list[int]:
+    """Return what one token after another gives, each sampled with all tokens before it known."""
+    info = EngineInfo(vocab_size=64, session_len=64, eos_token_ids=frozenset({63}))
+    sequence = new_sequence(request, info=info, rope_base_for=lambda num_tokens: 1e4)
+    while sequence.num_output_tokens < sequence.max_new_tokens:
+        (chosen,) = sample(fake_model.logits(sequence.token_ids)[None], [sequence])
+        sequence.token_ids.append(chosen.token_id)
+        if chosen.token_id in sequence.stop_token_ids:
+            break
+    return sequence.token_ids[sequence.num_prompt_tokens :].tolist()
+
+
+async def test_sampling_sees_every_token_before_also_those_in_flight(
+    build_fake_engine: BuildEngine, fake_model: Any
+) -> None:
+    """Penalties count them, min_tokens and seeds go by place in the output, stop tokens end it where they come."""
+    rng = random.Random(2)
+    choices: list[dict[str, Any]] = [
+        {"temperature": 1.5, "seed": 3}, {"repetition_penalty": 1.7}, {"frequency_penalty": 1.5, "temperature": 0.7},
+        {"min_tokens": 6, "stop_token_ids": frozenset(range(0, 64, 3))}, {"stop_token_ids": frozenset(range(40, 60))},
+        {"min_tokens": 3, "logit_bias": {63: 9.0}, "presence_penalty": 1.0},
+    ]  # fmt: skip
+    requests = [
+        _request(
+            f"r{n}", [rng.randrange(60) for _ in range(rng.randint(1, 12))], max_tokens=12, **({"seed": n} | fields)
+        )
+        for n, fields in enumerate(choices * 4)
+    ]
+    async with _running(build_fake_engine(num_blocks=24)) as engine:
+        outputs = await asyncio.gather(*(_tokens(engine, request) for request in requests))
+    assert outputs == [_decode_alone(fake_model, request) for request in requests]
 
 
 async def test_max_tokens_is_clipped_to_the_context(build_fake_engine: BuildEngine) -> None:

@@ -201,6 +201,28 @@ async def test_the_output_is_the_one_without_guesses(run_tiny_engine: Any, sampl
     assert stats.preemptions_total > 0
 
 
+async def test_guesses_wait_for_the_steps_in_flight(build_fake_engine: Any, fake_model: Any) -> None:
+    """Also where steps are launched ahead, each guess continues a token that is known."""
+    rng = random.Random(8)
+    prompts = [[rng.randrange(60) for _ in range(rng.randint(1, 20))] for _ in range(20)]
+    expected = {tuple(prompt): fake_model.greedy(prompt, 25) for prompt in prompts}
+
+    async def run(engine: AsyncEngine, index: int) -> list[int]:
+        await asyncio.sleep(rng.random() * 0.05)
+        params = SamplingParams(temperature=0.0, max_tokens=25)
+        request = Request(uid=f"r{index}", prompt_token_ids=prompts[index], sampling=params)
+        return [token_id async for chunk in engine.generate(request) for token_id in chunk.token_ids]
+
+    engine = build_fake_engine(num_blocks=40)
+    engine._scheduler._proposer = Guesses(expected, rng)
+    await engine.start()
+    outputs = await asyncio.gather(*(run(engine, index) for index in range(len(prompts))))
+    await engine.stop(5.0)
+    assert outputs == [expected[tuple(prompt)] for prompt in prompts]
+    engine._scheduler.check()
+    assert engine.stats().accepted_tokens_total > 0
+
+
 async def test_a_text_that_repeats_itself_takes_fewer_steps(run_tiny_engine: Any, bare_greedy: Any) -> None:
     prompt = [5, 6, 7, 8] * 6
     expected = bare_greedy(prompt, 150)
