@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
+from .config import HeadBits
 from .layers import MLP, Attention, DecoderLayer, RMSNorm
 from .linear import Linear
 from .model_config import ModelConfig
@@ -58,13 +59,13 @@ class Assembly(Protocol):
         """Return the model."""
 
 
-def choose_assembly(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> Assembly:
-    """Return the fused assembly where its kernels run, else the plain one."""
+def choose_assembly(config: ModelConfig, dtype: torch.dtype, device: torch.device, lm_head_bits: HeadBits) -> Assembly:
+    """Return the fused assembly where its kernels run, else the plain one, whose head stays as it is."""
     if not can_fuse(config, dtype, device):
         return PlainAssembly()
     from .fused_assembly import FusedAssembly  # brings Triton, which a machine without a GPU need not have
 
-    return FusedAssembly(device)
+    return FusedAssembly(config, dtype, device, lm_head_bits)
 
 
 def can_fuse(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> bool:

@@ -5,7 +5,7 @@ Owns the reading of safetensors and of pytorch .bin files (weights only: no pick
 
 import json
 import pickle
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +37,13 @@ class Checkpoint:
             names.extend(self._open_safetensors(file).keys() if self._is_safetensors else _load_bin(file))
         return names
 
-    def tensors(self, device: torch.device) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield each tensor once: on a GPU where it is going to be used, else memory-mapped from its file."""
+    def tensors(self, device: torch.device, *, into: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield each tensor once: on a GPU where it is going to be used, else memory-mapped from its file.
+
+        What is read to a GPU goes straight to the tensor of its name in `into` where that has its shape and type.
+        """
         if self._is_safetensors and device.type == "cuda":
-            yield from read_to_device([tensor for file in self._files for tensor in stored_tensors(file)], device)
+            yield from read_to_device([tensor for file in self._files for tensor in stored_tensors(file)], device, into)
             return
         for file in self._files:
             if self._is_safetensors:

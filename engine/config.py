@@ -11,6 +11,7 @@ from .api import ConfigError
 
 ModelFormat = Literal["auto", "hf", "awq", "gptq"]
 QuantPolicy = Literal[0, 4, 8]
+HeadBits = Literal[16, 8]
 Speculation = Literal["ngram", "off"]
 Dtype = Literal["auto", "float16", "bfloat16", "float32"]
 Device = Literal["auto", "cuda", "cpu"]
@@ -62,6 +63,9 @@ class EngineConfig:
     device: Device = option("auto", "where to run; auto: a GPU when there is one")
     tp: int = option(1, "number of GPUs to split the model over (only 1 so far)", at_least=1)
     quant_policy: QuantPolicy = option(0, "KV cache bits: 0 as computed, 8 or 4 quantized per token and head")
+    lm_head_bits: HeadBits = option(
+        16, "weights of the output head on a GPU: 16 bits as stored, or 8 with a scale a row, for faster small batches"
+    )
     session_len: int | None = option(
         None, "longest prompt plus answer, tokens; default: the model's context length", at_least=2
     )

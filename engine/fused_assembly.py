@@ -1,22 +1,29 @@
 """Puts loaded weights together for the fused decoder; each linear is repacked for the kernels once it is complete."""
 
+import dataclasses
+
 import torch
 
 from lmdserve.kernels.w4a16_tiles import can_pack, pack_weight
 from lmdserve.kernels.w4a16_workspace import Workspace
 
 from .assembly import LayerParts
-from .fused_linear import CublasLinear, FusedLinear, PackedLinear, UnpackedLinear
+from .config import HeadBits
+from .fused_linear import CublasLinear, FusedLinear, Head, Int8Head, PackedLinear, UnpackedLinear
 from .linear import DenseLinear, FourBitLinear, Linear, SharedLinear
+from .memory_sizes import ComputeForm, arena_bytes
 from .model_config import ModelConfig
 from .models.fused_decoder import FusedDecoder, FusedLayer
+from .weight_arena import WeightArena
 
 
 class FusedAssembly:
-    """The Assembly of assembly.py; all packed linears share one workspace."""
+    """The Assembly of assembly.py; all packed linears share one workspace, and the layers' weights one arena."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device, lm_head_bits: HeadBits) -> None:
+        self._lm_head_bits = lm_head_bits
         self._workspace = Workspace(device)
+        self._arena = WeightArena(arena_bytes(config, ComputeForm(dtype.itemsize, is_fused=True)), device)
 
     def linear(self, linear: Linear) -> FusedLinear:
         """Return the linear in the form its products are fastest in."""
@@ -41,19 +48,28 @@ class FusedAssembly:
             embedding=embedding,
             layers=[FusedLayer(**{name: getattr(parts, name) for name in LayerParts.__slots__}) for parts in layers],
             final_norm=final_norm,
-            head=self.linear(head),
+            head=_head(head, self._lm_head_bits),
         )
 
     def _fuse(self, linear: Linear, *, interleave_halves: bool) -> FusedLinear:
+        assert isinstance(linear, DenseLinear | FourBitLinear), "the kinds of linear that layers have"
         if isinstance(linear, DenseLinear):
-            return CublasLinear(linear.weight, linear.bias)
-        if isinstance(linear, SharedLinear):
-            return CublasLinear(linear.weight, None)
-        assert isinstance(linear, FourBitLinear), "these are all kinds of linear there are"
+            return CublasLinear(self._arena.place(linear.weight), self._placed(linear.bias))
         group_size = linear.in_features // linear.scales.shape[1]
         if not can_pack(linear.out_features, linear.in_features, group_size):
-            return UnpackedLinear(linear)
+            codes, zeros, scales = map(self._arena.place, (linear.codes, linear.zeros, linear.scales))
+            return UnpackedLinear(FourBitLinear(codes, zeros, scales, self._placed(linear.bias)))
         weight = pack_weight(
             linear.codes, linear.zeros, linear.scales, linear.scales.dtype, interleave_halves=interleave_halves
         )
-        return PackedLinear(weight, linear.bias, self._workspace)
+        weight = dataclasses.replace(weight, records=self._arena.place(weight.records))
+        return PackedLinear(weight, self._placed(linear.bias), self._workspace)
+
+    def _placed(self, bias: torch.Tensor | None) -> torch.Tensor | None:
+        return None if bias is None else self._arena.place(bias)
+
+
+def _head(head: Linear, bits: HeadBits) -> Head:
+    """Return the head's product; its weight was allocated before the layers' and stays where it is."""
+    assert isinstance(head, DenseLinear | SharedLinear), "heads are never quantized on disk"
+    return CublasLinear(head.weight, None) if bits == 16 else Int8Head(head.weight)

@@ -15,25 +15,32 @@ from lmdserve.kernels.swiglu import swiglu
 from lmdserve.kernels.w4a16 import w4a16_add, w4a16_matmul, w4a16_swiglu
 from lmdserve.kernels.w4a16_tiles import PackedWeight
 from lmdserve.kernels.w4a16_workspace import Workspace
+from lmdserve.kernels.w8a16 import quantize_rows, w8a16_matmul, w8a16_scratch
 
 from .linear import FourBitLinear
 from .step_buffers import MOST_ROWS_TO_ACCUMULATE
 
 # Gate and up of 16-bit models are a temporary of this many rows at a time: 117 MB for InternLM2.5-7B.
 _MOST_ROWS_OF_GATE_UP = 2048
+# The 8-bit product's smallest tile: one configuration for every row.
+_DETERMINISTIC_HEAD_ROWS = 8
 
 
-class FusedLinear(Protocol):
+class Head(Protocol):
     """A weight W [out_features, in_features], with a bias b or none."""
 
     in_features: int
     out_features: int
 
-    def accumulates(self, num_rows: int) -> bool:
-        """Say whether `add` to a cleared buffer beats `store` for this many rows."""
-
     def store(self, x: torch.Tensor, out: torch.Tensor, *, deterministic: bool) -> None:
         """Write x W^T + b to `out`, [num_rows, out_features], in the compute type or float32."""
+
+
+class FusedLinear(Head, Protocol):
+    """A linear of a layer."""
+
+    def accumulates(self, num_rows: int) -> bool:
+        """Say whether `add` to a cleared buffer beats `store` for this many rows."""
 
     def add(self, x: torch.Tensor, accumulator: torch.Tensor, *, deterministic: bool) -> None:
         """Add x W^T + b to `accumulator`, float32 [num_rows, out_features]."""
@@ -136,3 +143,18 @@ class UnpackedLinear:
     def _dequantized(self, dtype: torch.dtype) -> CublasLinear:
         linear = self._linear
         return CublasLinear(w4a16_weight(linear.codes, linear.zeros, linear.scales, dtype), linear.bias)
+
+
+class Int8Head:
+    """The output head in 8 bits, quantized at load (kernels/w8a16.py)."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        self.out_features, self.in_features = weight.shape
+        self._weight = quantize_rows(weight)
+        self._scratch = w8a16_scratch(self.in_features, weight.dtype, weight.device)
+
+    def store(self, x: torch.Tensor, out: torch.Tensor, *, deterministic: bool) -> None:
+        """See Head; `out` is float32. Deterministic rows go through the product of few rows, a tile at a time."""
+        limit = _DETERMINISTIC_HEAD_ROWS if deterministic else max(1, len(x))
+        for rows, out_rows in zip(torch.split(x, limit), torch.split(out, limit), strict=True):
+            w8a16_matmul(rows, self._weight, out_rows, self._scratch)

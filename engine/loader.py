@@ -16,6 +16,7 @@ import torch
 from .api import ConfigError
 from .assembly import Assembly, LayerParts, choose_assembly
 from .checkpoint import Checkpoint, resolve_model_folder
+from .config import HeadBits
 from .formats import TensorSpec, find_format
 from .linear import DenseLinear, Linear, SharedLinear
 from .model_config import ModelConfig, QuantizationConfig
@@ -32,20 +33,27 @@ _NUM_NAMES_SHOWN = 4
 
 
 def load_model(
-    folder: Path, config: ModelConfig, *, dtype: torch.dtype, device: torch.device
+    folder: Path, config: ModelConfig, *, dtype: torch.dtype, device: torch.device, lm_head_bits: HeadBits = 16
 ) -> "Decoder | FusedDecoder":
     """Read the weights in `folder` into a decoder that computes in `dtype` on `device`.
 
     Raises ConfigError naming every kind of mismatch: tensors that are missing, that nothing uses, or whose shape
     differs from what config.json implies.
     """
-    checkpoint = Checkpoint(folder)
-    pending = _PendingModel(config, dtype, device, choose_assembly(config, dtype, device))
-    _check_names(folder, checkpoint.tensor_names(), pending)
-    for name, tensor in checkpoint.tensors(device):
+    pending = _PendingModel(config, dtype, device, choose_assembly(config, dtype, device, lm_head_bits))
+    decoder = _fill(pending, Checkpoint(folder), device)
+    del pending
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # of what was read ahead and unpacked
+    return decoder
+
+
+def _fill(pending: "_PendingModel", checkpoint: Checkpoint, device: torch.device) -> "Decoder | FusedDecoder":
+    _check_names(checkpoint.folder, checkpoint.tensor_names(), pending)
+    for name, tensor in checkpoint.tensors(device, into=pending.plain):
         target = pending.targets.get(name)
         if target is not None:
-            _check_tensor(folder, name, tensor, target)
+            _check_tensor(checkpoint.folder, name, tensor, target)
             target.place(tensor)
     return pending.finish()
 
@@ -156,6 +164,7 @@ class _PendingModel:
         self._dtype = dtype
         self._device = device
         self.targets: dict[str, _Target] = {}
+        self.plain: dict[str, torch.Tensor] = {}  # those that are kept as they are on disk, but for their type
         names = config.family.names
         self._embedding = self._plain(names.embedding, config.vocab_size, config.hidden_size)
         self._layers = [self._layer(f"model.layers.{layer}.") for layer in range(config.num_layers)]
@@ -180,6 +189,7 @@ class _PendingModel:
 
     def _plain(self, name: str, *shape: int) -> torch.Tensor:
         tensor = torch.empty(shape, dtype=self._dtype, device=self._device)
+        self.plain[f"{name}.weight"] = tensor
         self.targets[f"{name}.weight"] = _Target(shape, True, lambda source: void(tensor.copy_(source)))
         return tensor
 

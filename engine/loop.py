@@ -169,6 +169,7 @@ class AsyncEngine:
             heartbeat_age_s=0.0 if self._is_idle else time.monotonic() - self._beat_s,
             drafted_tokens_total=scheduler.drafted_tokens_total,
             accepted_tokens_total=scheduler.accepted_tokens_total,
+            device_memory_bytes=torch.cuda.memory_reserved() if torch.cuda.is_initialized() else 0,
             device_busy_s_total=self._runner.device_busy_s,
             device_idle_s_total=self._runner.device_idle_s,
         )
@@ -314,7 +315,7 @@ def load_engine(config: EngineConfig) -> AsyncEngine:
     can_be_deterministic = can_fuse(model_config, dtype, device) or (device.type == "cpu" and dtype is torch.float32)
     _check_deterministic(config, can_be_deterministic)
     with held_to_plan(plan, device, is_limited=config.max_gpu_memory is not None):
-        model = load_model(folder, model_config, dtype=dtype, device=device)
+        model = load_model(folder, model_config, dtype=dtype, device=device, lm_head_bits=config.lm_head_bits)
         kv_cache = KVCache(
             model_config,
             num_blocks=plan.num_blocks + 1,  # and the pad block
@@ -351,6 +352,7 @@ def load_engine(config: EngineConfig) -> AsyncEngine:
         vocab_size=model_config.vocab_size,
         session_len=plan.session_len,
         eos_token_ids=frozenset(t for t in model_config.eos_token_ids if 0 <= t < model_config.vocab_size),
+        planned_bytes={part.name: part.num_bytes for part in plan.parts} | {"KV cache": plan.kv_bytes},
     )
     return AsyncEngine(
         runner,

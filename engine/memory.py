@@ -12,7 +12,15 @@ from typing import NamedTuple
 from .api import ConfigError
 from .config import EngineConfig, QuantPolicy
 from .memory_device import MemoryDevice
-from .memory_sizes import ComputeForm, Part, StepSizes, kv_block_bytes, runtime_parts, weight_bytes
+from .memory_sizes import (
+    ComputeForm,
+    Part,
+    StepSizes,
+    dequantized_kv_bytes,
+    kv_block_bytes,
+    runtime_parts,
+    weight_bytes,
+)
 from .model_config import ModelConfig
 
 logger = logging.getLogger(__name__)
@@ -50,6 +58,7 @@ class MemoryPlan:
     block_size: int
     bytes_per_block: int
     num_blocks: int
+    dequantized_kv_bytes: int
     session_len: int
     max_batch_size: int
     max_prefill_tokens: int
@@ -66,8 +75,8 @@ class MemoryPlan:
 
     @property
     def kv_bytes(self) -> int:
-        """The KV cache, with the block that padding rows point to."""
-        return (self.num_blocks + 1) * self.bytes_per_block
+        """The KV cache, with the block that padding rows point to, and where a prefill step dequantizes it."""
+        return (self.num_blocks + 1) * self.bytes_per_block + self.dequantized_kv_bytes
 
     @property
     def peak_bytes(self) -> int:
@@ -88,12 +97,17 @@ def plan_memory(config: EngineConfig, model_config: ModelConfig, device: MemoryD
     """Return the plan for these options; raise ConfigError, with numbers and what to change, when it does not fit."""
     dtype_name = resolve_dtype_name(config, model_config, device.kind)
     itemsize = 4 if dtype_name == "float32" else 2
-    form = ComputeForm(itemsize, _is_fused(model_config, device, itemsize))
+    form = ComputeForm(itemsize, _is_fused(model_config, device, itemsize), config.lm_head_bits)
+    if form.head_bits == 8 and not form.is_fused:
+        raise ConfigError(
+            "--lm-head-bits 8 is for 16-bit types on a GPU of compute capability 8.0 or more, and this model would be "
+            f"computed in {dtype_name} on {device.name}; leave the option out"
+        )
     max_prefill_tokens = resolve_max_prefill_tokens(config, device.kind)
     wanted_len = config.session_len or model_config.max_position_embeddings
     sizes = StepSizes(
         max_tokens=max_prefill_tokens + config.max_batch_size,
-        max_logit_rows=config.max_batch_size,
+        max_logit_rows=max(config.max_batch_size, 1 + _num_draft_tokens(config)),
         num_slots=config.max_batch_size,
         max_blocks_per_slot=-(-wanted_len // config.cache_block_seq_len),
     )
@@ -105,8 +119,9 @@ def plan_memory(config: EngineConfig, model_config: ModelConfig, device: MemoryD
     bytes_per_block = kv_block_bytes(
         model_config, block_size=config.cache_block_seq_len, quant_policy=config.quant_policy, itemsize=itemsize
     )
+    scratch_bytes = dequantized_kv_bytes(form, config.quant_policy)
     kv = plan_kv_cache(
-        num_free_bytes=limit_bytes - num_fixed_bytes - bytes_per_block,  # and the block that padding rows point to
+        num_free_bytes=limit_bytes - num_fixed_bytes - scratch_bytes - bytes_per_block,  # the padding rows' block
         bytes_per_block=bytes_per_block,
         block_size=config.cache_block_seq_len,
         cache_max_entry_count=config.cache_max_entry_count,
@@ -125,6 +140,7 @@ def plan_memory(config: EngineConfig, model_config: ModelConfig, device: MemoryD
         block_size=config.cache_block_seq_len,
         bytes_per_block=bytes_per_block,
         num_blocks=kv.num_blocks,
+        dequantized_kv_bytes=scratch_bytes,
         session_len=kv.session_len,
         max_batch_size=config.max_batch_size,
         max_prefill_tokens=max_prefill_tokens,
@@ -184,6 +200,10 @@ def plan_kv_cache(
         num_blocks * block_size,
     )
     return KVCachePlan(num_blocks, num_blocks * block_size)
+
+
+def _num_draft_tokens(config: EngineConfig) -> int:
+    return config.num_draft_tokens if config.speculate == "ngram" else 0
 
 
 def _is_fused(model_config: ModelConfig, device: MemoryDevice, itemsize: int) -> bool:

@@ -4,6 +4,7 @@ Owns the arithmetic, without torch, so that a plan is made in milliseconds and o
 belong to the modules named beside each function; tests hold the numbers here equal to what those allocate.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -15,27 +16,31 @@ FLOAT_BYTES = 4
 INT_BYTES = 4
 
 # Measured on an H200 with torch 2.11 and CUDA 13: the driver's context, and kernels of torch, cuBLAS and Triton in it.
-CONTEXT_BYTES = 680 * 2**20
+CONTEXT_BYTES = 830 * 2**20
 # What torch gives cuBLAS for its own use, per stream that calls it: 32 MiB on sm_90, 8 MiB before.
 CUBLAS_WORKSPACE_BYTES = 32 * 2**20
 # kernels/w4a16_workspace.py
 W4A16_WORKSPACE_BYTES = (64 << 20) + (1 << 14) * INT_BYTES
-# kernels/attention_workspace.py: dequantized keys and values of a prefill step, and the parts that split contexts are
-# computed in, for the most multiprocessors there are (an H200's; fewer make 2 MiB less).
+# kernels/attention_workspace.py: the parts that split contexts are computed in, for an H200's multiprocessors (fewer
+# make 1 MiB less), and with a quantized cache dequantized keys and values of a prefill step.
+_ATTENTION_PARTS_PER_PROCESSOR, _MOST_PROCESSORS = 3, 132
 ATTENTION_SCRATCH_BYTES = 256 << 20
-_ATTENTION_PARTS_PER_PROCESSOR, _MOST_PROCESSORS = 8, 132
 # engine/step_buffers.py: rows whose queries, keys and values are added up in float32.
 _MOST_SUMMED_ROWS = 64
 # engine/fused_linear.py: rows of gate and up that a 16-bit model computes at once.
 _MOST_ROWS_OF_GATE_UP = 2048
 # kernels/sampling_weights.py
-_SAMPLING_BYTES_PER_ROW = 30 << 10
+_SAMPLING_BYTES_PER_ROW = 64 << 10
 # Rows of logits that are copied when requests ask for logprobs or change their logits (engine/readback.py,
 # engine/device_sampler.py).
 _LOGIT_COPIES = 2
 
+# Vector loads and descriptors want 16; torch gives 512.
+ARENA_ALIGNMENT_BYTES = 256
+
 # Packed 4-bit weights (kernels/w4a16_tiles.py): records of 64 rows x 128 inputs, rows padded to 128.
 _RECORD_ROWS, _RECORD_INPUTS, _ROW_PADDING = 64, 128, 128
+_INT8_SCRATCH_ROWS = 4096  # kernels/w8a16.py
 _SCALE_BYTES_PER_KV_ROW = 4  # scale and minimum of a token and head in 16 bits each (engine/kv_cache.py)
 
 
@@ -44,6 +49,7 @@ class ComputeForm(NamedTuple):
 
     itemsize: int
     is_fused: bool
+    head_bits: int = 16  # of the fused decoder's output head; 8 is a byte and a scale a row
 
 
 class Part(NamedTuple):
@@ -92,16 +98,36 @@ def qkv_width(config: ModelConfig) -> int:
 
 def weight_bytes(config: ModelConfig, form: ComputeForm) -> int:
     """Return what all weights take once they are loaded (engine/loader.py)."""
-    layers = sum(
-        _linear_bytes(linear, _quantization_of(linear, config, layer), form)
-        for layer in range(config.num_layers)
-        for linear in layer_linears(config)
-    )
     norms = (2 * config.num_layers + 1) * config.hidden_size
     if config.qk_norm:
         norms += config.num_layers * 2 * config.head_dim
-    embeddings = config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
-    return layers + (norms + embeddings) * form.itemsize
+    embedding = config.vocab_size * config.hidden_size
+    linears = sum(weight + bias for weight, bias in _linear_bytes(config, form))
+    return linears + (norms + embedding) * form.itemsize + _head_bytes(config, form)
+
+
+def _head_bytes(config: ModelConfig, form: ComputeForm) -> int:
+    if form.head_bits == 8:  # kernels/w8a16.py; the scratch is for steps of many rows
+        return config.vocab_size * (config.hidden_size + FLOAT_BYTES) + _INT8_SCRATCH_ROWS * config.hidden_size * 2
+    return 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size * form.itemsize
+
+
+def arena_bytes(config: ModelConfig, form: ComputeForm) -> int:
+    """Return what the layers' linears take one after another (engine/weight_arena.py)."""
+    return sum(aligned_bytes(weight) + aligned_bytes(bias) for weight, bias in _linear_bytes(config, form))
+
+
+def aligned_bytes(num_bytes: int) -> int:
+    """Return what a tensor of this size takes in an arena."""
+    return -(-num_bytes // ARENA_ALIGNMENT_BYTES) * ARENA_ALIGNMENT_BYTES
+
+
+def _linear_bytes(config: ModelConfig, form: ComputeForm) -> Iterator[tuple[int, int]]:
+    """Yield the bytes of weight and bias of every linear in every layer."""
+    for layer in range(config.num_layers):
+        for linear in layer_linears(config):
+            bias = linear.out_features * form.itemsize if linear.has_bias else 0
+            yield _weight_bytes(linear, _quantization_of(linear, config, layer), form), bias
 
 
 def kv_block_bytes(config: ModelConfig, *, block_size: int, quant_policy: QuantPolicy, itemsize: int) -> int:
@@ -130,19 +156,18 @@ def _quantization_of(linear: LinearShape, config: ModelConfig, layer: int) -> Qu
     return quantization
 
 
-def _linear_bytes(linear: LinearShape, quantization: QuantizationConfig | None, form: ComputeForm) -> int:
+def _weight_bytes(linear: LinearShape, quantization: QuantizationConfig | None, form: ComputeForm) -> int:
     num_weights = linear.in_features * linear.out_features
-    bias = linear.out_features * form.itemsize if linear.has_bias else 0
     if quantization is None:
-        return num_weights * form.itemsize + bias
+        return num_weights * form.itemsize
     group_size = linear.in_features if quantization.group_size == -1 else quantization.group_size
     if form.is_fused and can_pack(linear, group_size):
         groups_per_record = _RECORD_INPUTS // min(group_size, _RECORD_INPUTS)
         words = _RECORD_ROWS * (_RECORD_INPUTS // 8 + groups_per_record)
         padded_rows = -(-linear.out_features // _ROW_PADDING) * _ROW_PADDING
-        return padded_rows // _RECORD_ROWS * (linear.in_features // _RECORD_INPUTS) * words * INT_BYTES + bias
+        return padded_rows // _RECORD_ROWS * (linear.in_features // _RECORD_INPUTS) * words * INT_BYTES
     zeros_and_scales = 2 * linear.out_features * (linear.in_features // group_size) * form.itemsize
-    return num_weights // 2 + zeros_and_scales + bias
+    return num_weights // 2 + zeros_and_scales
 
 
 def can_pack(linear: LinearShape, group_size: int) -> bool:
@@ -178,11 +203,16 @@ def runtime_parts(config: ModelConfig, form: ComputeForm, sizes: StepSizes, devi
     ]
 
 
-def attention_bytes(config: ModelConfig, max_rows: int, *, num_processors: int = _MOST_PROCESSORS) -> int:
-    """Return what attention works in (kernels/attention_workspace.py)."""
-    num_parts = max_rows + max(1, _ATTENTION_PARTS_PER_PROCESSOR * num_processors // config.num_kv_heads)
+def attention_bytes(config: ModelConfig, max_rows: int) -> int:
+    """Return what attention works in, without its scratch (kernels/attention_workspace.py)."""
+    num_parts = max_rows + max(1, _ATTENTION_PARTS_PER_PROCESSOR * _MOST_PROCESSORS // config.num_kv_heads)
     parts = num_parts * config.num_heads * (config.head_dim + 1) * FLOAT_BYTES
-    return parts + max_rows * config.num_kv_heads * INT_BYTES + ATTENTION_SCRATCH_BYTES
+    return parts + max_rows * config.num_kv_heads * INT_BYTES
+
+
+def dequantized_kv_bytes(form: ComputeForm, quant_policy: QuantPolicy) -> int:
+    """Return the scratch that a prefill step's keys and values are dequantized in; none for a cache in 16 bits."""
+    return ATTENTION_SCRATCH_BYTES if form.is_fused and quant_policy != 0 else 0
 
 
 def sampling_bytes(config: ModelConfig, sizes: StepSizes) -> int:

@@ -9,7 +9,7 @@ import ctypes
 import json
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -22,7 +22,7 @@ from .api import ConfigError
 
 _NUM_THREADS = 4
 _PIECE_BYTES = 16 << 20  # two for each thread are pinned; smaller ones wait longer for their turn on the bus
-_MAX_BYTES_AHEAD = 256 << 20  # of device memory, read and not yet placed
+_MAX_BYTES_AHEAD = 128 << 20  # of device memory, read and not yet placed
 _LENGTH_BYTES = 8  # of the header's length, before the header
 _DTYPES = {
     "F64": torch.float64,
@@ -66,9 +66,16 @@ def stored_tensors(file: Path) -> list[StoredTensor]:
 
 
 def read_to_device(
-    tensors: Iterable[StoredTensor], device: torch.device, *, piece_bytes: int = _PIECE_BYTES
+    tensors: Iterable[StoredTensor],
+    device: torch.device,
+    into: Mapping[str, torch.Tensor],
+    *,
+    piece_bytes: int = _PIECE_BYTES,
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield each tensor once, on the device, ready for work on the current stream."""
+    """Yield each tensor once, on the device, ready for work on the current stream.
+
+    It is the tensor of its name in `into` where that has its shape and type, else a new one.
+    """
     with ExitStack() as stack:
         lanes: SimpleQueue[_Lane] = SimpleQueue()
         for _ in range(_NUM_THREADS):
@@ -83,27 +90,34 @@ def read_to_device(
                 files[tensor.file] = os.open(tensor.file, os.O_RDONLY)
                 stack.callback(os.close, files[tensor.file])
             # Allocated here, so that all device memory belongs to the current stream, where it is used and freed.
-            target = torch.empty(tensor.num_bytes, dtype=torch.uint8, device=device)
+            target = _target(tensor, device, into)
             allocated = torch.cuda.current_stream(device).record_event()
             copied = pool.submit(_copy_in_a_lane, lanes, files[tensor.file], tensor, target, allocated)
-            ahead.append(_Arriving(tensor, target, copied))
+            ahead.append(_Arriving(tensor.name, target, copied))
             num_bytes_ahead += tensor.num_bytes
             while num_bytes_ahead > _MAX_BYTES_AHEAD:
-                num_bytes_ahead -= ahead[0].tensor.num_bytes
+                num_bytes_ahead -= ahead[0].target.nbytes
                 yield ahead.popleft().arrived()
         while ahead:
             yield ahead.popleft().arrived()
 
 
+def _target(tensor: StoredTensor, device: torch.device, into: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    known = into.get(tensor.name)
+    if known is not None and (known.dtype, known.shape) == (tensor.dtype, tensor.shape) and known.is_contiguous():
+        return known
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+
+
 class _Arriving(NamedTuple):
-    tensor: StoredTensor
-    target: torch.Tensor  # uint8 [num_bytes]
+    name: str
+    target: torch.Tensor
     copied: "Future[torch.cuda.Event]"
 
     def arrived(self) -> tuple[str, torch.Tensor]:
         """Let the current stream wait for the last piece; return name and tensor."""
         torch.cuda.current_stream(self.target.device).wait_event(self.copied.result())
-        return self.tensor.name, self.target.view(self.tensor.dtype).view(self.tensor.shape)
+        return self.name, self.target
 
 
 class _Piece:
@@ -125,13 +139,14 @@ class _Lane:
 
     def copy(self, file: int, tensor: StoredTensor, target: torch.Tensor) -> torch.cuda.Event:
         """Read a tensor's bytes and send them to `target`; return the event of their arrival."""
+        memory = target.view(-1).view(torch.uint8)
         with torch.cuda.stream(self._stream):
             for index, start in enumerate(range(0, tensor.num_bytes, self._piece_bytes)):
                 piece = self._pieces[index % 2]
                 piece.left.synchronize()
                 count = min(self._piece_bytes, tensor.num_bytes - start)
                 _read_fully(file, piece.view[:count], tensor.offset + start, tensor.file)
-                target[start : start + count].copy_(piece.pinned[:count], non_blocking=True)
+                memory[start : start + count].copy_(piece.pinned[:count], non_blocking=True)
                 piece.left.record()
         arrived: torch.cuda.Event = self._stream.record_event()
         return arrived

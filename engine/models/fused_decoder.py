@@ -21,7 +21,7 @@ from lmdserve.kernels.prefill_attention import prefill_attention
 from lmdserve.kernels.rms_norm import rms_norm
 from lmdserve.kernels.rope_tables import rope_tables
 
-from ..fused_linear import FusedLinear
+from ..fused_linear import FusedLinear, Head
 from ..kv_cache import KVCache
 from ..model_config import ModelConfig
 from ..step_buffers import SlotTables, StepBuffers
@@ -96,7 +96,7 @@ class FusedDecoder:
         embedding: torch.Tensor,
         layers: list[FusedLayer],
         final_norm: torch.Tensor,
-        head: FusedLinear,
+        head: Head,
     ) -> None:
         self.config = config
         self.dtype = embedding.dtype

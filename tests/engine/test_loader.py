@@ -84,8 +84,8 @@ def test_every_tensor_is_read_once(
     read: list[str] = []
     original = Checkpoint.tensors
 
-    def spy(self: Checkpoint, device: torch.device) -> Any:
-        for name, tensor in original(self, device):
+    def spy(self: Checkpoint, device: torch.device, **options: Any) -> Any:
+        for name, tensor in original(self, device, **options):
             read.append(name)
             yield name, tensor
 

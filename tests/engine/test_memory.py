@@ -218,6 +218,12 @@ def test_a_model_too_large_is_refused_with_every_part(tiny_checkpoint: Path) -> 
         _gpu_plan(tiny_checkpoint, small)
 
 
+def test_a_lone_sequence_with_drafts_needs_a_row_for_each(tiny_checkpoint: Path) -> None:
+    assert _gpu_plan(tiny_checkpoint, max_batch_size=1).sizes.max_logit_rows == 1
+    plan = _gpu_plan(tiny_checkpoint, max_batch_size=1, speculate="ngram", num_draft_tokens=6)
+    assert plan.sizes.max_logit_rows == 7
+
+
 def test_sequences_are_counted_in_whole_blocks_and_never_beyond_the_batch(tiny_checkpoint: Path) -> None:
     plan = _gpu_plan(tiny_checkpoint, cache_max_entry_count=10.0, max_batch_size=4)
     assert [plan.num_sequences(length) for length in (64, 65, 320, 321, 641)] == [4, 4, 2, 1, 0]

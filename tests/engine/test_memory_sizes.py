@@ -11,13 +11,13 @@ import torch
 from lmdserve.engine.kv_cache import KVCache
 from lmdserve.engine.memory_device import MemoryDevice
 from lmdserve.engine.memory_sizes import (
-    ATTENTION_SCRATCH_BYTES,
     W4A16_WORKSPACE_BYTES,
     ComputeForm,
     LinearShape,
     StepSizes,
     attention_bytes,
     can_pack,
+    dequantized_kv_bytes,
     kv_block_bytes,
     largest_unpacked_bytes,
     runtime_parts,
@@ -124,11 +124,12 @@ def test_what_kernels_work_in(tmp_path: Path) -> None:
 
     config = _config(tmp_path)
     assert workspace_bytes() == W4A16_WORKSPACE_BYTES
-    assert DEFAULT_SCRATCH_BYTES == ATTENTION_SCRATCH_BYTES
-    for num_processors in (132, 20):
-        assert attention_bytes(config, 40, num_processors=num_processors) == attention_workspace_bytes(
-            max_rows=40, num_heads=8, num_kv_heads=2, head_dim=64, num_processors=num_processors
-        )
+    assert dequantized_kv_bytes(FUSED, 8) == DEFAULT_SCRATCH_BYTES
+    assert dequantized_kv_bytes(FUSED, 0) == dequantized_kv_bytes(PLAIN, 4) == 0
+    own = attention_workspace_bytes(
+        max_rows=40, num_heads=8, num_kv_heads=2, head_dim=64, num_processors=132, scratch_bytes=0
+    )
+    assert attention_bytes(config, 40) == pytest.approx(own, abs=2**20)  # the number of parts is tuned now and then
 
 
 def test_sampling_is_close_to_the_samplers_own_scratch(tmp_path: Path) -> None:
@@ -138,7 +139,8 @@ def test_sampling_is_close_to_the_samplers_own_scratch(tmp_path: Path) -> None:
     tensors = [getattr(scratch, field.name) for field in dataclasses.fields(scratch)]
     own = sum(tensor.nbytes for tensor in tensors if isinstance(tensor, torch.Tensor))
     config = _config(tmp_path, vocab_size=92544)
-    assert sampling_bytes(config, StepSizes(**SIZES)) - 3 * 40 * 92544 * 4 == pytest.approx(own, rel=0.1)
+    rows_of_logits = 3 * 40 * 92544 * 4
+    assert own - 40 * 4096 < sampling_bytes(config, StepSizes(**SIZES)) - rows_of_logits < own + 0.05 * rows_of_logits
 
 
 def test_every_form_of_engine_has_its_parts(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ def test_every_bit_arrives(tmp_path: Path, piece_bytes: int) -> None:
     save_file(saved | {"empty": torch.empty(0, 3), "words": torch.arange(99_999, dtype=torch.int32)}, file)
     expected = load_file(file)
     names = []
-    for name, tensor in read_to_device(stored_tensors(file), torch.device("cuda"), piece_bytes=piece_bytes):
+    for name, tensor in read_to_device(stored_tensors(file), torch.device("cuda"), {}, piece_bytes=piece_bytes):
         names.append(name)
         tensor = tensor.clone()  # on the current stream, as soon as it is handed over
         assert torch.equal(tensor.cpu(), expected[name]), name
@@ -34,7 +34,7 @@ def test_memory_that_is_freed_is_not_overwritten_too_early(tmp_path: Path) -> No
     file = tmp_path / "model.safetensors"
     save_file({f"t{i}": torch.full((1 << 20,), float(i)) for i in range(64)}, file)
     sums = {}
-    for name, tensor in read_to_device(stored_tensors(file), torch.device("cuda")):
+    for name, tensor in read_to_device(stored_tensors(file), torch.device("cuda"), {}):
         torch.cuda._sleep(1_000_000)
         sums[name] = tensor.double().mean()
     assert {name: int(total.item()) for name, total in sums.items()} == {f"t{i}": i for i in range(64)}
@@ -43,7 +43,7 @@ def test_memory_that_is_freed_is_not_overwritten_too_early(tmp_path: Path) -> No
 def test_a_reader_that_stops_early_leaves_nothing_running(tmp_path: Path) -> None:
     file = tmp_path / "model.safetensors"
     save_file({f"t{i}": torch.ones(1 << 16) for i in range(64)}, file)
-    reader = read_to_device(stored_tensors(file), torch.device("cuda"))
+    reader = read_to_device(stored_tensors(file), torch.device("cuda"), {})
     next(reader)
     reader.close()
 
@@ -54,10 +54,25 @@ def test_a_file_that_ends_early_is_named(tmp_path: Path) -> None:
     tensors = stored_tensors(file)
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(ConfigError, match=r"model\.safetensors ends before its last tensor"):
-        list(read_to_device(tensors, torch.device("cuda")))
+        list(read_to_device(tensors, torch.device("cuda"), {}))
 
 
 def test_a_checkpoint_gives_device_tensors(tmp_path: Path) -> None:
     save_file({"w": torch.ones(3)}, tmp_path / "model.safetensors")
-    ((name, tensor),) = Checkpoint(tmp_path).tensors(torch.device("cuda"))
+    ((name, tensor),) = Checkpoint(tmp_path).tensors(torch.device("cuda"), into={})
     assert (name, tensor.device.type) == ("w", "cuda")
+
+
+def test_a_tensor_goes_where_it_is_wanted_if_it_fits_there(tmp_path: Path) -> None:
+    save_file({name: torch.arange(12.0).view(3, 4) for name in ("fits", "type", "shape")}, tmp_path / "m.safetensors")
+    cuda = torch.device("cuda")
+    into = {
+        "fits": torch.zeros(3, 4, device=cuda),
+        "type": torch.zeros(3, 4, dtype=torch.float16, device=cuda),
+        "shape": torch.zeros(4, 3, device=cuda),
+    }
+    read = dict(read_to_device(stored_tensors(tmp_path / "m.safetensors"), cuda, into))
+    assert read["fits"] is into["fits"]
+    for name in into:
+        assert torch.equal(read[name].cpu(), torch.arange(12.0).view(3, 4))
+        assert name == "fits" or not into[name].any()
