@@ -44,6 +44,7 @@ PARAMETERS = {
     "tool_choice": "text or a JSON object",
     "parallel_tool_calls": "true or false",
     "response_format": "a JSON object",
+    "chat_template_kwargs": "a JSON object",
 }
 _ASSIGNMENT = re.compile(r"\s*(\w+)=")
 

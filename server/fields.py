@@ -71,9 +71,11 @@ REFUSED: Mapping[str, Refused] = {
     "bad_words": Refused(([],), "use logit_bias with -100"),
     "bad_token_ids": Refused(([],), "use logit_bias with -100"),
     "allowed_token_ids": Refused((), "use logit_bias"),
-    "thinking_token_budget": Refused((), "the served model does not think in a part of its own"),
+    "thinking_token_budget": Refused((), "reasoning has no budget of its own; use max_tokens"),
     "enable_thinking": Refused((), "use chat_template_kwargs"),
-    "include_reasoning": Refused((True,), "the served model's answer has one part only"),
+    "include_reasoning": Refused((True,), "reasoning is always part of the reply; leave it unread"),
+    "separate_reasoning": Refused((True,), "reasoning is never part of the content"),
+    "stream_reasoning": Refused((True,), "a stream carries reasoning as it is generated"),
     # other spellings
     "max_new_tokens": Refused((), "use max_tokens"),
     "max_length": Refused((), "use max_tokens"),
