@@ -2,8 +2,8 @@
 
     python benchmarks/memory_peak.py --model /tmp/internlm2.5-7b-awq --quant-policy 8 --max-gpu-memory 20GiB
 
-Prints one JSON object a phase: what the plan said, what torch reserved at its peak, what the driver says that this
-process took beyond what others had before, and the plan's error. Engine options are those of `lmdserve`.
+Prints one JSON object a phase: what the plan said, the peak up to then (the most that torch reserved, and what the
+driver says this process has beside it), the plan's error, and the parts. Engine options are those of `lmdserve`.
 """
 
 import asyncio
@@ -19,7 +19,8 @@ from lmdserve.engine.memory_device import find_gpu
 from lmdserve.server.options import OptionParser, add_options, read_options
 
 PROMPT_TOKENS = 1000
-OUTPUT_TOKENS = 32
+OUTPUT_TOKENS = 16
+NUM_PROMPT_LOGPROB_REQUESTS = 4
 
 
 class Phase(NamedTuple):
@@ -59,16 +60,16 @@ async def measure(config: EngineConfig, *, num_bytes_of_others: int) -> None:
     def report(phase: str) -> None:
         gpu = find_gpu()
         assert gpu is not None
-        taken = gpu.total_bytes - gpu.free_bytes - num_bytes_of_others
-        reserved, allocated = torch.cuda.max_memory_reserved(), torch.cuda.max_memory_allocated()
+        outside_torch = gpu.total_bytes - gpu.free_bytes - num_bytes_of_others - torch.cuda.memory_reserved()
+        peak = torch.cuda.max_memory_reserved() + outside_torch
         numbers = {
             "phase": phase,
             "planned_mib": mib(plan.peak_bytes),
-            "taken_mib": mib(taken),
-            "error_percent": round(100 * (plan.peak_bytes / taken - 1), 2),
-            "torch_reserved_mib": mib(reserved),
-            "torch_allocated_mib": mib(allocated),
-            "outside_torch_mib": mib(taken - torch.cuda.memory_reserved()),
+            "peak_mib": mib(peak),
+            "error_percent": round(100 * (plan.peak_bytes / peak - 1), 2),
+            "torch_reserved_mib": mib(torch.cuda.memory_reserved()),
+            "torch_allocated_mib": mib(torch.cuda.memory_allocated()),
+            "outside_torch_mib": mib(outside_torch),
             "kv_mib": mib(plan.kv_bytes),
         } | ({part.name: mib(part.num_bytes) for part in plan.parts} if phase == "loaded" else {})
         print(json.dumps(numbers), flush=True)
@@ -87,14 +88,12 @@ def phases(batch_size: int, vocab_size: int) -> Iterator[Phase]:
     edited = SamplingParams(
         top_p=0.9, repetition_penalty=1.1, num_logprobs=5, max_tokens=OUTPUT_TOKENS, ignore_eos=True, seed=1
     )
-    for name, sampling, num_prompt_logprobs in (
-        ("greedy", greedy, None),
-        ("penalties, top-p and logprobs", edited, None),
-        ("prompt logprobs", greedy, 1),
+    for name, sampling, num_prompt_logprobs, count in (
+        ("greedy", greedy, None, batch_size),
+        ("penalties, top-p and logprobs", edited, None, batch_size),
+        ("prompt logprobs", greedy, 1, NUM_PROMPT_LOGPROB_REQUESTS),
     ):
-        prompts = (
-            [1 + (i * 7919 + k * 31) % (vocab_size - 1) for k in range(PROMPT_TOKENS)] for i in range(batch_size)
-        )
+        prompts = ([1 + (i * 7919 + k * 31) % (vocab_size - 1) for k in range(PROMPT_TOKENS)] for i in range(count))
         yield Phase(
             name,
             [

@@ -108,7 +108,7 @@ def measured_gb(cell: Cell, folder: Path, quant_policy: QuantPolicy) -> float:
     ]
     command = [sys.executable, str(MEMORY_PEAK), "--model", str(folder), *options]
     printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-    return float(json.loads(printed.splitlines()[-1])["taken_mib"]) * 2**20 / 1e9
+    return float(json.loads(printed.splitlines()[-1])["peak_mib"]) * 2**20 / 1e9
 
 
 if __name__ == "__main__":
