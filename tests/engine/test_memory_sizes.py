@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from lmdserve.engine.fused_linear import Int8Head
 from lmdserve.engine.kv_cache import KVCache
 from lmdserve.engine.memory_device import MemoryDevice
 from lmdserve.engine.memory_sizes import (
@@ -154,3 +155,12 @@ def test_every_form_of_engine_has_its_parts(tmp_path: Path) -> None:
     assert names["cpu"] == ["step buffers"]
     assert names["plain"] == ["CUDA context", "cuBLAS", "step buffers"]
     assert names["fused"] == ["CUDA context", "cuBLAS", "step buffers", "products", "attention", "sampling"]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_8_bit_head_takes_what_it_allocates(tmp_path: Path, tied: bool) -> None:
+    config = _config(tmp_path, tie_word_embeddings=tied)
+    head = Int8Head(torch.zeros(config.vocab_size, config.hidden_size, dtype=torch.float16))
+    tensors = (head._weight.codes, head._weight.scales, head._scratch)
+    without = weight_bytes(config, FUSED) - (0 if tied else config.vocab_size * config.hidden_size * 2)
+    assert weight_bytes(config, FUSED._replace(head_bits=8)) - without == sum(tensor.nbytes for tensor in tensors)
