@@ -30,7 +30,7 @@ from .w4a16_tiles import (
 )
 
 _REGISTERS = 65536  # of a processor
-_FETCHING_REGISTERS = 24
+_FETCHING_REGISTERS = gl.constexpr(24)
 _MOST_REGISTERS = 240
 _RECORD_WORDS = WORDS_PER_RECORD + RECORD_ROWS
 _X_LAYOUT = gl.NVMMASharedLayout(128, 16, rank=2)
@@ -40,7 +40,7 @@ _copy = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_
 _REINTERPRETS = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
 
 
-# Of a record of 1088 words: lane, register and warp that hold a word, as wgmma's left operand wants its values.
+# Register, lane and warp that hold each word of a record, so that its values are wgmma's left operand where they are.
 _WORDS = gl.constexpr(
     gl.DistributedLinearLayout(
         reg_bases=[[1], [2], [512]],
@@ -76,27 +76,27 @@ def _release_next_kernel(PDL: gl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @gluon.jit
+def _fetch_weights(source, rings, i, stage, BYTES: gl.constexpr, GROUPS: gl.constexpr):  # type: ignore[no-untyped-def]
+    _, word_ring, scale_ring, full, _, _ = rings
+    _, records, scales, _, first_record, records_per_tile, _ = source
+    mbarrier.expect(full.index(stage), BYTES)
+    for group in gl.static_range(GROUPS):
+        word = (first_record + group * records_per_tile + i) * 1088
+        _copy(records, [word], full.index(stage), word_ring.index(stage * GROUPS + group))
+        _copy(scales, [word + 1024], full.index(stage), scale_ring.index(stage * GROUPS + group))
+
+
+@gluon.jit
 def _fetch(  # type: ignore[no-untyped-def]
-    x_rows,
-    records,
-    scales,
-    rings,
-    place,
-    BLOCK_M: gl.constexpr,
-    GROUPS: gl.constexpr,
-    STAGES: gl.constexpr,
-    PDL: gl.constexpr,
+    source, rings, num_rounds, BLOCK_M: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr, PDL: gl.constexpr
 ):
-    x_ring, word_ring, scale_ring, full, empty, _ = rings
-    first_row, first_record, records_per_tile, num_rounds, first_block = place
+    """Keep the ring full: for each round the records of all groups and the rows' next 128 inputs."""
+    x_ring, _, _, full, empty, _ = rings
+    x_rows, _, _, first_row, _, _, first_block = source
     BYTES: gl.constexpr = BLOCK_M * 256 + GROUPS * 4352
-    for early in gl.static_range(STAGES):  # weights are nobody's output: fetched before the previous kernel ends
+    for early in gl.static_range(STAGES):  # weights are no kernel's output: fetched before the previous one ends
         if early < num_rounds:
-            mbarrier.expect(full.index(early), BYTES)
-            for group in gl.static_range(GROUPS):
-                word = (first_record + group * records_per_tile + early) * 1088
-                _copy(records, [word], full.index(early), word_ring.index(early * GROUPS + group))
-                _copy(scales, [word + 1024], full.index(early), scale_ring.index(early * GROUPS + group))
+            _fetch_weights(source, rings, early, early, BYTES, GROUPS)
     _wait_for_previous_kernel(PDL)
     for early in gl.static_range(STAGES):
         if early < num_rounds:
@@ -104,11 +104,7 @@ def _fetch(  # type: ignore[no-untyped-def]
     for i in range(STAGES, num_rounds):
         stage = i % STAGES
         mbarrier.wait(empty.index(stage), (i // STAGES - 1) & 1)
-        mbarrier.expect(full.index(stage), BYTES)
-        for group in gl.static_range(GROUPS):
-            word = (first_record + group * records_per_tile + i) * 1088
-            _copy(records, [word], full.index(stage), word_ring.index(stage * GROUPS + group))
-            _copy(scales, [word + 1024], full.index(stage), scale_ring.index(stage * GROUPS + group))
+        _fetch_weights(source, rings, i, stage, BYTES, GROUPS)
         _copy(x_rows, [first_row, (first_block + i) * 128], full.index(stage), x_ring.index(stage))
 
 
@@ -147,10 +143,7 @@ def _unpack(words, scale_words, SCALED: gl.constexpr, DTYPE: gl.constexpr, LEFT:
 @gluon.jit
 def _multiply(  # type: ignore[no-untyped-def]
     group,
-    out,
-    bias,
-    rings,
-    shape,
+    task,
     BLOCK_M: gl.constexpr,
     GROUPS: gl.constexpr,
     STAGES: gl.constexpr,
@@ -160,6 +153,8 @@ def _multiply(  # type: ignore[no-untyped-def]
     HAS_BIAS: gl.constexpr,
     PDL: gl.constexpr,
 ):
+    """Take records of 64 outputs from the ring, multiply, and write the sums: the work of one group of four warps."""
+    out, bias, rings, shape = task
     x_ring, word_ring, scale_ring, full, empty, done = rings
     first_row, first_column, first_block, num_rounds, num_rows, out_features, out_stride = shape
     DTYPE: gl.constexpr = x_ring.dtype
@@ -313,160 +308,22 @@ def _hopper_kernel(  # type: ignore[no-untyped-def]
     hopper.fence_async_shared()
 
     rings = (x_ring, word_ring, scale_ring, full, empty, done)
-    first_record = tile_n * GROUPS * num_blocks + first_block
-    first_column = tile_n * BLOCK_N
-    shape = (first_row, first_column, first_block, num_rounds, num_rows, out_features, out_stride)
-    place = (first_row, first_record, num_blocks, num_rounds, first_block)
+    shape = (first_row, tile_n * BLOCK_N, first_block, num_rounds, num_rows, out_features, out_stride)
+    task = (out, bias, rings, shape)
+    source = (x_rows, records, scales, first_row, tile_n * GROUPS * num_blocks + first_block, num_blocks, first_block)
+    # fmt: off
     if GROUPS == 1:
-        gl.warp_specialize(
-            [
-                (
-                    _multiply,
-                    (
-                        0,
-                        out,
-                        bias,
-                        rings,
-                        shape,
-                        BLOCK_M,
-                        GROUPS,
-                        STAGES,
-                        SCALES_AFTER,
-                        OPERATION,
-                        IS_SPLIT,
-                        HAS_BIAS,
-                        PDL,
-                    ),
-                ),
-                (_fetch, (x_rows, records, scales, rings, place, BLOCK_M, GROUPS, STAGES, PDL)),
-            ],
-            [1],
-            [24],
-        )
-    elif GROUPS == 2:
-        gl.warp_specialize(
-            [
-                (
-                    _multiply,
-                    (
-                        0,
-                        out,
-                        bias,
-                        rings,
-                        shape,
-                        BLOCK_M,
-                        GROUPS,
-                        STAGES,
-                        SCALES_AFTER,
-                        OPERATION,
-                        IS_SPLIT,
-                        HAS_BIAS,
-                        PDL,
-                    ),
-                ),
-                (
-                    _multiply,
-                    (
-                        1,
-                        out,
-                        bias,
-                        rings,
-                        shape,
-                        BLOCK_M,
-                        GROUPS,
-                        STAGES,
-                        SCALES_AFTER,
-                        OPERATION,
-                        IS_SPLIT,
-                        HAS_BIAS,
-                        PDL,
-                    ),
-                ),
-                (_fetch, (x_rows, records, scales, rings, place, BLOCK_M, GROUPS, STAGES, PDL)),
-            ],
-            [4, 1],
-            [GROUP_REGISTERS, 24],
-        )
+        gl.warp_specialize([
+            (_multiply, (0, task, BLOCK_M, GROUPS, STAGES, SCALES_AFTER, OPERATION, IS_SPLIT, HAS_BIAS, PDL)),
+            (_fetch, (source, rings, num_rounds, BLOCK_M, GROUPS, STAGES, PDL)),
+        ], [1], [_FETCHING_REGISTERS])
     else:
-        gl.warp_specialize(
-            [
-                (
-                    _multiply,
-                    (
-                        0,
-                        out,
-                        bias,
-                        rings,
-                        shape,
-                        BLOCK_M,
-                        GROUPS,
-                        STAGES,
-                        SCALES_AFTER,
-                        OPERATION,
-                        IS_SPLIT,
-                        HAS_BIAS,
-                        PDL,
-                    ),
-                ),
-                (
-                    _multiply,
-                    (
-                        1,
-                        out,
-                        bias,
-                        rings,
-                        shape,
-                        BLOCK_M,
-                        GROUPS,
-                        STAGES,
-                        SCALES_AFTER,
-                        OPERATION,
-                        IS_SPLIT,
-                        HAS_BIAS,
-                        PDL,
-                    ),
-                ),
-                (
-                    _multiply,
-                    (
-                        2,
-                        out,
-                        bias,
-                        rings,
-                        shape,
-                        BLOCK_M,
-                        GROUPS,
-                        STAGES,
-                        SCALES_AFTER,
-                        OPERATION,
-                        IS_SPLIT,
-                        HAS_BIAS,
-                        PDL,
-                    ),
-                ),
-                (
-                    _multiply,
-                    (
-                        3,
-                        out,
-                        bias,
-                        rings,
-                        shape,
-                        BLOCK_M,
-                        GROUPS,
-                        STAGES,
-                        SCALES_AFTER,
-                        OPERATION,
-                        IS_SPLIT,
-                        HAS_BIAS,
-                        PDL,
-                    ),
-                ),
-                (_fetch, (x_rows, records, scales, rings, place, BLOCK_M, GROUPS, STAGES, PDL)),
-            ],
-            [4, 4, 4, 1],
-            [GROUP_REGISTERS, GROUP_REGISTERS, GROUP_REGISTERS, 24],
-        )
+        gl.warp_specialize([
+            (_multiply, (0, task, BLOCK_M, GROUPS, STAGES, SCALES_AFTER, OPERATION, IS_SPLIT, HAS_BIAS, PDL)),
+            (_multiply, (1, task, BLOCK_M, GROUPS, STAGES, SCALES_AFTER, OPERATION, IS_SPLIT, HAS_BIAS, PDL)),
+            (_fetch, (source, rings, num_rounds, BLOCK_M, GROUPS, STAGES, PDL)),
+        ], [4, 1], [GROUP_REGISTERS, _FETCHING_REGISTERS])
+    # fmt: on
 
 
 def launch_hopper(
@@ -479,7 +336,8 @@ def launch_hopper(
 ) -> None:
     """Launch the kernel; arguments as in `w4a16.w4a16_matmul`.
 
-    The weight's groups are of 128 inputs, and only sums into fp32 may be split; they are then added atomically.
+    The weight's groups are of 128 inputs, and only sums into fp32 may be split; they are then added atomically. The
+    kernel reads the weight before the kernel that is launched just before it has ended, which must not write it.
     """
     if (_RECORD_WORDS, weight.fragment_width) != (weight.records.shape[2], 2):
         raise ValueError("Hopper's kernel takes weights in groups of 128 inputs, packed for its tensor cores")
@@ -533,5 +391,5 @@ def _registers(tile: HopperTile) -> tuple[int, int]:
     """
     num_groups = tile.num_groups + 1
     at_launch = min(255, _REGISTERS // (tile.programs_per_processor * num_groups * 128)) // 8 * 8
-    multiplying = (at_launch * num_groups - _FETCHING_REGISTERS) // tile.num_groups // 8 * 8
+    multiplying = (at_launch * num_groups - _FETCHING_REGISTERS.value) // tile.num_groups // 8 * 8
     return at_launch, min(_MOST_REGISTERS, multiplying)

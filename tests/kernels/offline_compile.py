@@ -167,10 +167,11 @@ def _compile(job: _Job) -> CompiledKernel:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
 
     kernel = getattr(importlib.import_module(job.module), job.name)
     types = {name: job.signature.get(name, "constexpr") for name in kernel.arg_names}
-    source = ASTSource(
+    source = (GluonASTSource if kernel.is_gluon() else ASTSource)(
         fn=kernel,
         signature={name: kind.partition(":")[0] for name, kind in types.items()},
         constexprs={(kernel.arg_names.index(name),): value for name, value in job.constexprs.items()},
