@@ -5,6 +5,7 @@ those of float32 for 88 % of their length and more, and the first token's logpro
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from engine_runs import (
     run_engine,
 )
 
+from lmdserve.engine import speculation
 from lmdserve.engine.api import SamplingParams
 from lmdserve.engine.config import Device, Dtype, EngineConfig, QuantPolicy
 
@@ -143,3 +145,14 @@ def test_many_requests_come_and_go_in_a_small_pool() -> None:
     expected = answers(DEMO, "cpu", 0, "float32")[8:] * 4
     begun = [Answer(answer.token_ids[:NUM_TOKENS]) for answer in crowded.rounds[0]]
     assert common_prefix_share(begun, expected) >= 0.75
+
+
+def test_guessed_tokens_change_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guesses are made wherever there is one, right or wrong, for as many sequences as guessing is ever on for."""
+    monkeypatch.setattr(speculation, "MIN_ACCEPTED", 0.0)
+    monkeypatch.setattr(speculation, "MARGIN", 0.0)
+    config = replace(config_for(DEMO, "cuda", 4, "float16"), speculate="ngram")
+    requests = make_requests(chat_prompts()[-8:], greedy(NUM_TOKENS, num_logprobs=2))
+    guessed = run_engine(config, requests)
+    assert guessed.stats.drafted_tokens_total > 0
+    assert_like_the_cpus(guessed.rounds[0], answers(DEMO, "cuda", 4, "float16")[-8:], "float16")
