@@ -1,5 +1,7 @@
 """The order of 4-bit values inside bytes and words: pack, unpack, dequantize. Nothing else knows it.
 
+Except w4a16_tiles.py, which owns the one further order: that of weights in GPU memory, made from the row order here.
+
 Two layouts. AWQ's "gemm" order is what checkpoints hold: eight output columns a 32-bit word, interleaved. The row order
 is ours, in memory: a row's first half in the low nibbles and its second half in the high nibbles, so that unpacking is
 two contiguous writes.
