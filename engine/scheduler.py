@@ -15,11 +15,12 @@ from array import array
 from collections import deque
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from .api import FinishReason, InvalidRequestError
 from .blocks import BlockPool, chain_hash, root_hash
 from .sequence import Sequence, SequenceStatus
+from .speculation import Proposer
 from .step import Chunk, ChunkResult
 
 MAX_PROMPT_LOGPROB_ROWS = 256  # per step; a row is vocab_size floats, 256 of InternLM2's are 95 MB
@@ -30,19 +31,6 @@ class Progress(NamedTuple):
 
     sequence: Sequence
     result: ChunkResult
-
-
-class Proposer(Protocol):
-    """Guesses what sequences will say next; several guesses are checked in one step, see `speculation.py`."""
-
-    def wants_to_draft(self, sequences: SequenceOf[Sequence]) -> bool:
-        """Whether guesses pay in the next step, which decodes `sequences`."""
-
-    def propose(self, sequence: Sequence) -> tuple[int, ...]:
-        """Return what may come next in a sequence whose tokens are all known to the host."""
-
-    def note_step(self, num_sequences: int, seconds: float, *, has_guesses: bool) -> None:
-        """Take down how long a step took that decoded so many sequences and did nothing else."""
 
 
 @dataclass(slots=True)
@@ -227,16 +215,14 @@ class Scheduler:
         chunks = []
         block_size = self._pool.block_size
         for sequence in decoding:
+            if sequence.status is not SequenceStatus.RUNNING:
+                continue  # it gave way to an older one just now
             start = sequence.num_launched_tokens
             if start >= len(sequence.block_ids) * block_size:
-                if sequence.status is not SequenceStatus.RUNNING:
-                    continue  # it gave way to an older one just now
                 if self._pool.num_available == 0 and self._in_flight:
                     return None
                 if not self._make_room(sequence):
                     continue
-            elif sequence.status is not SequenceStatus.RUNNING:
-                continue
             chunks.append(Chunk(sequence, start, 1, sequence.max_new_tokens > 0))
         return chunks
 

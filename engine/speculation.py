@@ -13,6 +13,7 @@ it is tried again.
 
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from .ngram import NgramIndex
 from .sequence import Sequence
@@ -29,6 +30,19 @@ FORGETTING = 0.004  # of what was measured, at each step without guesses: half o
 LONGEST_COUNTED = 20.0  # plain steps
 INDEXED_TOKENS_PER_STEP = 4096  # of a long prompt, about 2 ms on the event loop
 MOST_TOKENS_COMPARED = 64  # more that come at once, after a time in a large batch, are indexed only
+
+
+class Proposer(Protocol):
+    """What the scheduler asks for guesses; it lives on the event loop."""
+
+    def wants_to_draft(self, sequences: SequenceOf[Sequence]) -> bool:
+        """Whether guesses pay in the next step, which decodes `sequences`."""
+
+    def propose(self, sequence: Sequence) -> tuple[int, ...]:
+        """Return what may come next in a sequence whose tokens are all known to the host."""
+
+    def note_step(self, num_sequences: int, seconds: float, *, has_guesses: bool) -> None:
+        """Take down how long a step took that decoded so many sequences and did nothing else."""
 
 
 @dataclass(slots=True)
@@ -65,7 +79,7 @@ class StepTimes:
 
 @dataclass(slots=True)
 class NgramProposer:
-    """The Proposer of `scheduler.py`. It lives on the event loop."""
+    """The Proposer that looks the text up in itself."""
 
     num_draft_tokens: int
     _times: dict[int, StepTimes] = field(default_factory=dict)  # by the bits of the number of sequences

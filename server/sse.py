@@ -4,8 +4,8 @@ Owns when bytes go out, not what they say (`replies.py`). The status line waits 
 refused by the engine still gets its proper HTTP status; after `keep_alive_interval_s` of silence it is sent anyway.
 A slow reader blocks its own task only: aiohttp suspends `write` while more than 64 KiB are unsent.
 
-Measured on two busy Xeon cores with uvloop, 2026-11-20: a token of one of 32 streams costs 17 to 22 us of CPU from the
-engine's chunk to the socket: more than half of it the send, 3 us decoding, 1.4 us JSON.
+Measured on two busy Xeon cores with uvloop (benchmarks/host_overhead.py, 2026-11-21): from the engine's chunk to the
+socket a token costs 19 us of CPU with 64 streams and 12 us with 256, most of it the send, 2 us decoding, 1.4 us JSON.
 """
 
 import asyncio
