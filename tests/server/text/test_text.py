@@ -305,6 +305,11 @@ def test_a_stream_is_the_same_however_it_is_cut(tokenizer: Tokenizer, data: st.D
     assert _merged(pieces) == _merged(_stream(tokenizer, ids, []))
     assert "".join(pieces) == tokenizer.decode(ids, keep_control=True)
     assert "".join(p for p in pieces if not isinstance(p, ControlToken)) == tokenizer.decode(ids)
+    decoder = IncrementalDecoder(tokenizer)
+    one_by_one = [piece for token_id in ids for piece in decoder.feed_one(token_id)]
+    assert one_by_one == [
+        piece for decoder in [IncrementalDecoder(tokenizer)] for i in ids for piece in decoder.feed([i])
+    ]
 
 
 def test_text_is_out_as_soon_as_it_is_certain(internlm2_tokenizer: Tokenizer) -> None:
