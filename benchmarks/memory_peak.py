@@ -76,7 +76,7 @@ async def measure(config: EngineConfig, *, num_bytes_of_others: int) -> None:
 
     report("loaded")
     await engine.start()
-    for phase in phases(config.max_batch_size, model_config.vocab_size):
+    for phase in phases(plan.max_batch_size, model_config.vocab_size):
         await asyncio.gather(*(finish(engine, request) for request in phase.requests))
         report(phase.name)
     await engine.stop(0.0)

@@ -69,7 +69,9 @@ class EngineConfig:
     session_len: int | None = option(
         None, "longest prompt plus answer, tokens; default: the model's context length", at_least=2
     )
-    max_batch_size: int = option(64, "most sequences that run at once", at_least=1)
+    max_batch_size: int | None = option(
+        None, "most sequences that run at once; default: 256 on a GPU, 64 on a CPU", at_least=1
+    )
     max_prefill_token_num: int | None = option(
         None,
         "most prompt tokens computed in one step; longer prompts take several; default: 8192 on a GPU, 2048 on a CPU",

@@ -169,7 +169,7 @@ class AsyncEngine:
             heartbeat_age_s=0.0 if self._is_idle else time.monotonic() - self._beat_s,
             drafted_tokens_total=scheduler.drafted_tokens_total,
             accepted_tokens_total=scheduler.accepted_tokens_total,
-            device_memory_bytes=torch.cuda.memory_reserved() if torch.cuda.is_initialized() else 0,
+            device_memory_bytes=torch.cuda.memory_reserved(),
             device_busy_s_total=self._runner.device_busy_s,
             device_idle_s_total=self._runner.device_idle_s,
         )
@@ -343,7 +343,7 @@ def load_engine(config: EngineConfig) -> AsyncEngine:
     pool = BlockPool(num_blocks=plan.num_blocks, block_size=config.cache_block_seq_len)
     scheduler = Scheduler(
         pool,
-        max_batch_size=config.max_batch_size,
+        max_batch_size=plan.max_batch_size,
         max_prefill_tokens=plan.max_prefill_tokens,
         enable_prefix_caching=config.enable_prefix_caching,
         proposer=NgramProposer(config.num_draft_tokens) if config.speculate == "ngram" else None,
@@ -360,7 +360,7 @@ def load_engine(config: EngineConfig) -> AsyncEngine:
         pool,
         info=info,
         rope_base_for=model_config.rope_base,
-        max_live_requests=config.max_batch_size + config.max_queue_size,
+        max_live_requests=plan.max_batch_size + config.max_queue_size,
         step_limit_s=STEP_LIMIT_S[device.type],
         can_be_deterministic=can_be_deterministic,
         is_always_deterministic=config.deterministic,

@@ -50,7 +50,7 @@ def _table(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, lis
 
 
 def test_a_gpu_of_a_given_size_is_planned_without_one(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    rows = _table(capsys, str(folder), "--gpu-memory", "24GiB", "--session-len", "4096")
+    rows = _table(capsys, str(folder), "--gpu-memory", "24GiB", "--session-len", "4096", "--max-batch-size", "64")
     assert rows["weights"] == ["4.87 GiB"]
     assert rows["--quant-policy"][-2:] == ["sequences of 4096", "whole process"]
     sequences = {policy: int(rows[policy][4]) for policy in ("0", "8", "4")}
