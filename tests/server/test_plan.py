@@ -60,6 +60,14 @@ def test_a_gpu_of_a_given_size_is_planned_without_one(folder: Path, capsys: pyte
     assert float(rows["4"][-1].split()[0]) < float(rows["0"][-1].split()[0])
 
 
+def test_the_readme_shows_what_is_printed(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert cli.main(["plan", str(folder), "--gpu-memory", "24GiB", "--session-len", "4096"]) == 0
+    assert capsys.readouterr().out.strip() in (Path(__file__).parents[2] / "README.md").read_text("utf-8")
+
+
 def test_a_cap_lowers_the_whole_process(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = _table(capsys, str(folder), "--gpu-memory", "80GiB", "--max-gpu-memory", "12GiB", "--max-batch-size", "256")
     assert all(float(rows[policy][-1].split()[0]) <= 12 for policy in ("0", "8", "4"))
