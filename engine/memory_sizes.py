@@ -193,7 +193,8 @@ def runtime_parts(config: ModelConfig, form: ComputeForm, sizes: StepSizes, devi
         return [Part("step buffers", _plain_step_bytes(config, form, sizes))]
     parts = [Part("CUDA context", CONTEXT_BYTES, is_outside_torch=True), Part("cuBLAS", _cublas_bytes(device))]
     if not form.is_fused:
-        return [*parts, Part("step buffers", _plain_step_bytes(config, form, sizes))]
+        unpacked = 2 * largest_unpacked_bytes(config, form)  # as dequantized, and what that is made of
+        return [*parts, Part("step buffers", _plain_step_bytes(config, form, sizes) + unpacked)]
     return [
         *parts,
         Part("step buffers", step_buffer_bytes(config, sizes, form.itemsize)),
@@ -237,4 +238,4 @@ def _plain_step_bytes(config: ModelConfig, form: ComputeForm, sizes: StepSizes) 
     """Return about what a step of the plain decoder has at its peak: an MLP's products, attention's rows, logits."""
     numbers = 3 * config.hidden_size + 2 * qkv_width(config) + 3 * config.intermediate_size
     logits = 3 * sizes.max_logit_rows * config.vocab_size * FLOAT_BYTES
-    return sizes.max_tokens * numbers * form.itemsize + logits + 2 * largest_unpacked_bytes(config, form)
+    return sizes.max_tokens * numbers * form.itemsize + logits
