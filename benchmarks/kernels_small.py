@@ -1,7 +1,7 @@
 """Times the small kernels of a step on a GPU: norm, embedding, rotary tables, SwiGLU, sampling, the 8-bit head.
 
 Each kernel runs many times in one CUDA graph, over buffers that together exceed the L2 cache, as in a decode step whose
-weights pass through it; the median of several replays is printed.
+weights pass through it (logits are read where they were just written); the median of several replays is printed.
 
     python benchmarks/kernels_small.py
 """
@@ -25,6 +25,7 @@ from lmdserve.kernels.sampling_weights import (
     sampling_scratch,
 )
 from lmdserve.kernels.swiglu import swiglu
+from lmdserve.kernels.w8a16 import quantize_rows, w8a16_matmul, w8a16_scratch
 
 HIDDEN, INTERMEDIATE, QKV, PAIRS, VOCAB = 4096, 14336, 6144, 64, 92544
 ROTATED_BYTES = 150e6
@@ -108,6 +109,15 @@ def sampling(num_rows: int, scale: float, temperature: float, top_k: int, top_p:
     return call
 
 
+def head(num_rows: int, bits: int) -> Callable[[], None]:
+    weight = new(VOCAB, HIDDEN, dtype=torch.half)
+    x, out = new(num_rows, HIDDEN, dtype=torch.half), new(num_rows, VOCAB)
+    if bits == 16:
+        return lambda: torch.mm(x, weight.T, out_dtype=torch.float32, out=out)
+    quantized, scratch = quantize_rows(weight), w8a16_scratch(HIDDEN, weight.dtype, weight.device)
+    return lambda: w8a16_matmul(x, quantized, out, scratch)
+
+
 def rows() -> Iterator[tuple[str, int, float]]:
     """Yield the name, the number of rows and the time of everything."""
     for num_rows in (1, 16, 64, 256, 4096):
@@ -118,6 +128,10 @@ def rows() -> Iterator[tuple[str, int, float]]:
         yield "embedding", num_rows, median_us(lambda n=num_rows: embedding(n), row_bytes)
         yield "rope_tables", num_rows, median_us(lambda n=num_rows: tables(n), num_rows * PAIRS * 8)
         yield "swiglu", num_rows, median_us(lambda n=num_rows: activation(n), num_rows * INTERMEDIATE * 6)
+    for num_rows in (1, 16, 64, 128, 256):
+        for bits in (16, 8):
+            time_us = median_us(lambda n=num_rows, b=bits: head(n, b), VOCAB * HIDDEN * bits / 8)
+            yield f"head, {bits} bits", num_rows, time_us
     kinds = {
         "greedy": (2.5, 0.0, 0, 1.0),
         "temperature": (2.5, 1.0, 0, 1.0),

@@ -14,12 +14,14 @@ from .sampling_weights import (
     BLOCK,
     KEY_ABOVE_ONE,
     MOST_PARTS,
+    NUM_STAGES,
     PEAK_TILE,
     SMALLEST_TEMPERATURE,
     TEMPERATURE,
     TOP_K,
     TOP_P,
     SamplingScratch,
+    append_weights,
     as_weight,
     bisect,
     is_finite,
@@ -30,10 +32,9 @@ from .sampling_weights import (
 )
 
 _ENOUGH_TILES = 128  # hold at least as many heavy tokens: more than a usual top_k
-_TILES_AT_ONCE = 32
+_TILES_AT_ONCE = 16
 _HEAD_SIZE = 2048  # tokens that are looked at; usually little more than tiles
 _NUM_WARPS = 8
-_MOST_REGISTERS = 128  # said, the assembler does not spill to reach fewer than the 80 it needs
 
 
 @triton.jit
@@ -80,26 +81,23 @@ def _list_head(  # type: ignore[no-untyped-def]
     head_tiles,
     num_tiles,
     weights_out,
-    length,
     PEAK_TILE: tl.constexpr,
     TILES_AT_ONCE: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
 ):
     """Write the listed tiles' weights of at least `low` to weights_out, at most HEAD_SIZE; return how many they are."""
-    tl.store(length, 0)
-    tl.debug_barrier()
-    for start in range(0, num_tiles, TILES_AT_ONCE):
+    length = tl.zeros((), tl.int32)
+    for start in tl.range(0, num_tiles, TILES_AT_ONCE, num_stages=NUM_STAGES):
         places = start + tl.arange(0, TILES_AT_ONCE)
         tiles = tl.load(head_tiles + places, mask=places < num_tiles, other=0, cache_modifier=".cg")
         ids = tiles[:, None] * PEAK_TILE + tl.arange(0, PEAK_TILE)[None, :]
         is_token = (places < num_tiles)[:, None] & (ids < vocab_size)
         values = tl.load(row_logits + ids, mask=is_token, other=float("-inf"))
-        weights = weights_of(values, peak, temperature)
-        is_heavy = is_token & (weights >= as_weight(low))
-        slots = tl.atomic_add(length + tl.zeros_like(ids), 1, mask=is_heavy, sem="relaxed", scope="cta")
-        tl.store(weights_out + slots, weights, mask=is_heavy & (slots < HEAD_SIZE))
+        weights = tl.where(is_token, weights_of(values, peak, temperature), -1.0)
+        weights = tl.reshape(weights, (TILES_AT_ONCE * PEAK_TILE,))
+        length = append_weights(weights, weights >= as_weight(low), weights_out, length, HEAD_SIZE)
     tl.debug_barrier()
-    return tl.load(length, cache_modifier=".cg")
+    return length
 
 
 @triton.jit
@@ -113,7 +111,6 @@ def _head_kernel(  # type: ignore[no-untyped-def]
     tile_peaks,
     head_tiles,
     lists,
-    list_lengths,
     thresholds,
     is_open,
     logits_stride,
@@ -146,7 +143,7 @@ def _head_kernel(  # type: ignore[no-untyped-def]
         if count <= MOST_TILES:
             length = _list_head(
                 logits + row * logits_stride, vocab_size, peak, temperature, low, row_tiles, count, row_list,
-                list_lengths + row, PEAK_TILE, TILES_AT_ONCE, HEAD_SIZE,
+                PEAK_TILE, TILES_AT_ONCE, HEAD_SIZE,
             )  # fmt: skip
         stays_open = (length > HEAD_SIZE).to(tl.int32)
         places = tl.arange(0, HEAD_SIZE)
@@ -200,7 +197,6 @@ def limit_by_head(
         scratch.tile_peaks,
         scratch.head_tiles,
         scratch.lists,
-        scratch.list_lengths,
         scratch.thresholds,
         scratch.is_open,
         logits.stride(0),
@@ -216,6 +212,5 @@ def limit_by_head(
         TILES_AT_ONCE=_TILES_AT_ONCE,
         HEAD_SIZE=_HEAD_SIZE,
         num_warps=_NUM_WARPS,
-        maxnreg=_MOST_REGISTERS,
         **launch_options(logits.device),
     )

@@ -23,6 +23,7 @@ from .sampling_weights import (
     TOP_K,
     TOP_P,
     SamplingScratch,
+    append_weights,
     as_weight,
     bisect,
     parameter,
@@ -30,7 +31,7 @@ from .sampling_weights import (
     weights_of,
 )
 
-_EDGE_STEP = tl.constexpr(0.6)  # fixed edges at exp(-0.6), ..., exp(-9); the last one is above zero alone
+_EDGE_STEP = tl.constexpr(7 << 20)  # 7/8 of a halving: fixed edges from 0.56 to 1.1e-4; the last is above zero alone
 _MEASURE_BLOCK = 512  # times 16 edges: with 1024 tokens, registers spill
 _LIST_BLOCK = 4096
 _THRESHOLD_WARPS = 16
@@ -75,7 +76,6 @@ def limit_tokens(
         scratch.counts,
         scratch.masses,
         scratch.lists,
-        scratch.list_lengths,
         logits.stride(0),
         vocab_size,
         num_parts,
@@ -90,10 +90,9 @@ def limit_tokens(
 
 @triton.jit
 def _fixed_edge_keys():  # type: ignore[no-untyped-def]
-    """Return the bit patterns of the fixed edges, int64, falling."""
-    edge = tl.arange(0, NUM_EDGES)
-    weights = tl.exp((edge + 1).to(tl.float32) * -_EDGE_STEP)
-    return tl.where(edge == NUM_EDGES - 1, 1, weights.to(tl.int32, bitcast=True)).to(tl.int64)
+    """Return the bit patterns of the fixed edges, int64, falling: of integers, so that they are the same everywhere."""
+    edge = tl.arange(0, NUM_EDGES).to(tl.int64)
+    return tl.where(edge == NUM_EDGES - 1, 1, (edge + 1) * -_EDGE_STEP + (KEY_ABOVE_ONE - 1))
 
 
 @triton.jit
@@ -159,22 +158,19 @@ def _list_weights(  # type: ignore[no-untyped-def]
     low,
     high,
     weights_out,
-    length,
     LIST_SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Write all weights in [low, high), at most LIST_SIZE of them, in any order, to weights_out; return how many."""
-    tl.store(length, 0)
-    tl.debug_barrier()
+    """Write the row's weights in [low, high) to weights_out, at most LIST_SIZE of them; return how many there are."""
+    length = tl.zeros((), tl.int32)
     for start in tl.range(0, vocab_size, BLOCK, num_stages=NUM_STAGES):
         ids = start + tl.arange(0, BLOCK)
         values = tl.load(row_logits + ids, mask=ids < vocab_size, other=float("-inf"))
         weights = weights_of(values, peak, temperature)
         is_inside = (weights >= low) & (weights < high) & (ids < vocab_size)
-        places = tl.atomic_add(length + tl.zeros((BLOCK,), tl.int32), 1, mask=is_inside, sem="relaxed", scope="cta")
-        tl.store(weights_out + places, weights, mask=is_inside & (places < LIST_SIZE))
+        length = append_weights(weights, is_inside, weights_out, length, LIST_SIZE)
     tl.debug_barrier()
-    return tl.load(length, cache_modifier=".cg")
+    return length
 
 
 @triton.jit
@@ -187,7 +183,6 @@ def _select(  # type: ignore[no-untyped-def]
     counts,
     masses,
     weights_list,
-    list_length,
     COUNTS: tl.constexpr,
     BLOCK: tl.constexpr,
     LIST_SIZE: tl.constexpr,
@@ -217,7 +212,7 @@ def _select(  # type: ignore[no-untyped-def]
             counts, masses = _measure(row_logits, 0, vocab_size, peak, temperature, as_weight(keys), BLOCK)
     if high - low > 1:
         length = _list_weights(
-            row_logits, vocab_size, peak, temperature, as_weight(low), as_weight(high), weights_list, list_length,
+            row_logits, vocab_size, peak, temperature, as_weight(low), as_weight(high), weights_list,
             LIST_SIZE, LIST_BLOCK,
         )  # fmt: skip
         places = tl.arange(0, LIST_SIZE)
@@ -238,7 +233,6 @@ def _thresholds_kernel(  # type: ignore[no-untyped-def]
     counts,
     masses,
     lists,
-    list_lengths,
     logits_stride,
     vocab_size,
     num_parts,
@@ -268,13 +262,13 @@ def _thresholds_kernel(  # type: ignore[no-untyped-def]
         if (top_k > 0.0) & (top_k < vocab_size):
             key, kept = _select(
                 row_logits, vocab_size, peak, temperature, top_k, row_counts, row_masses,
-                lists + row * LIST_SIZE, list_lengths + row, True, BLOCK, LIST_SIZE, LIST_BLOCK,
+                lists + row * LIST_SIZE, True, BLOCK, LIST_SIZE, LIST_BLOCK,
             )  # fmt: skip
         if top_p < 1.0:
             wanted = tl.maximum(top_p * kept, 1e-300)  # a top_p of 0 keeps the best
             nucleus_key, _ = _select(
                 row_logits, vocab_size, peak, temperature, wanted, row_counts, row_masses,
-                lists + row * LIST_SIZE, list_lengths + row, False, BLOCK, LIST_SIZE, LIST_BLOCK,
+                lists + row * LIST_SIZE, False, BLOCK, LIST_SIZE, LIST_BLOCK,
             )  # fmt: skip
             key = tl.maximum(key, nucleus_key)
         tl.store(thresholds + row, tl.maximum(tl.load(thresholds + row), as_weight(key)))

@@ -50,7 +50,6 @@ class SamplingScratch:
     counts: torch.Tensor  # int32 [max_rows, MOST_PARTS, NUM_EDGES]
     masses: torch.Tensor  # fp64 [max_rows, MOST_PARTS, NUM_EDGES]
     lists: torch.Tensor  # fp32 [max_rows, LIST_SIZE]
-    list_lengths: torch.Tensor  # int32 [max_rows]
     tile_masses: torch.Tensor  # fp64 [max_rows, ceil(vocab_size / BLOCK)]
 
 
@@ -76,7 +75,6 @@ def sampling_scratch(max_rows: int, vocab_size: int, device: torch.device) -> Sa
         counts=new(torch.int32, max_rows, MOST_PARTS, num_edges),
         masses=new(torch.float64, max_rows, MOST_PARTS, num_edges),
         lists=new(torch.float32, max_rows, LIST_SIZE),
-        list_lengths=new(torch.int32, max_rows),
         tile_masses=new(torch.float64, max_rows, triton.cdiv(vocab_size, BLOCK)),
     )
 
@@ -118,17 +116,37 @@ def as_weight(key):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def bisect(weights, low, high, measure_high, target, COUNTS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Return the largest bit pattern in [low, high) with weights of at least it that are `target` in number (COUNTS) or
-    in sum. There are enough at `low`; measure_high (fp64) is what lies at `high` and above, which is too little.
+def bisect(  # type: ignore[no-untyped-def]
+    weights, low, high, measure_high, target, COUNTS: tl.constexpr
+):
+    """Return the largest bit pattern from `low` on at which there is enough: `target` weights (COUNTS) or their sum.
+
+    weights holds all weights in [low, high), the others are -1. There is enough at `low`; measure_high, fp64, is what
+    lies at `high` and above, which is too little. The weight sought is the only one left long before its bits are.
     """
-    while high - low > 1:
+    num_inside = tl.sum((weights >= as_weight(low)).to(tl.int32), axis=0)
+    num_over = tl.zeros((), tl.int32)  # of the listed ones, at `high` and above
+    while (num_inside > 1) & (high - low > 1):
         middle = (low + high) // 2
         is_over = weights >= as_weight(middle)
+        count = tl.sum(is_over.to(tl.int32), axis=0)
         if COUNTS:
-            measure = measure_high + tl.sum(is_over.to(tl.int32), axis=0).to(tl.float64)
+            measure = measure_high + count.to(tl.float64)
         else:
             measure = measure_high + tl.sum(tl.where(is_over, weights, 0.0).to(tl.float64), axis=0)
-        low = tl.where(measure >= target, middle, low)
-        high = tl.where(measure >= target, high, middle)
-    return low
+        is_enough = measure >= target
+        num_inside = tl.where(is_enough, count - num_over, num_inside + num_over - count)
+        num_over = tl.where(is_enough, num_over, count)
+        low = tl.where(is_enough, middle, low)
+        high = tl.where(is_enough, high, middle)
+    lightest = tl.min(tl.where(weights >= as_weight(low), weights, 2.0), axis=0)
+    return tl.where(num_inside == 1, lightest.to(tl.int32, bitcast=True).to(tl.int64), low)
+
+
+@triton.jit
+def append_weights(weights, is_wanted, out, length, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Write the wanted ones of a block behind the first `length`, up to SIZE in all; return how many there are now."""
+    wanted = is_wanted.to(tl.int32)
+    places = length + tl.cumsum(wanted, axis=0) - 1
+    tl.store(out + places, weights, mask=is_wanted & (places < SIZE))
+    return length + tl.sum(wanted, axis=0)

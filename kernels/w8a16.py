@@ -22,10 +22,11 @@ _QUANTIZED_ROWS = 8192  # at once, so that quantizing a head takes 128 MiB besid
 _LARGEST_CODE = 127
 _SMALLEST_SCALE = 1e-30
 
-_TILE = 64 * 32  # at most, outputs times rows of x: with more, two warps spill registers
+# With more than 64 outputs x 32 rows, two warps spill registers; more rows are several programs side by side, which
+# find the weight in the L2.
 _BLOCK_N = 64
-_BLOCK_K = 128
-_NUM_STAGES = 4
+_MOST_BLOCK_M = 32
+_BLOCK_K_AND_STAGES = {8: (256, 3), 16: (128, 4), 32: (128, 4)}  # by BLOCK_M
 _PROGRAMS_PER_PROCESSOR = 4
 # Two warps use mma.sync; with four, Triton 3.6 takes wgmma with the weight in registers, which gave wrong results.
 _NUM_WARPS = 2
@@ -90,9 +91,10 @@ def _w8a16_kernel(  # type: ignore[no-untyped-def]
     INTERPRETED: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    first = tl.program_id(0).to(tl.int64) * features_per_program
+    first = tl.program_id(1).to(tl.int64) * features_per_program
     end = tl.minimum(first + features_per_program, out_features)
-    n, m, k = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_K)
+    n, k = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
+    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     is_row = (m < num_rows)[None, :]
     x_tile = x + m.to(tl.int64)[None, :] * x_stride + k[:, None]
     outs = out + m.to(tl.int64)[None, :] * out_stride
@@ -156,10 +158,11 @@ def w8a16_matmul(x: torch.Tensor, weight: Int8Weight, out: torch.Tensor, scratch
 
 def _matmul_fused(x: torch.Tensor, weight: Int8Weight, out: torch.Tensor) -> None:
     out_features, in_features = weight.codes.shape
-    block_m = max(8, triton.next_power_of_2(x.shape[0]))
+    block_m = min(_MOST_BLOCK_M, max(8, triton.next_power_of_2(x.shape[0])))
+    block_k, num_stages = _BLOCK_K_AND_STAGES[block_m]
     num_programs = _PROGRAMS_PER_PROCESSOR * _num_processors(x.device)
     features_per_program = triton.cdiv(triton.cdiv(out_features, num_programs), 16) * 16
-    _w8a16_kernel[(triton.cdiv(out_features, features_per_program),)](
+    _w8a16_kernel[(triton.cdiv(x.shape[0], block_m), triton.cdiv(out_features, features_per_program))](
         x,
         weight.codes,
         weight.scales,
@@ -170,10 +173,10 @@ def _matmul_fused(x: torch.Tensor, weight: Int8Weight, out: torch.Tensor) -> Non
         x.stride(0),
         out.stride(0),
         IN_FEATURES=in_features,
-        BLOCK_N=min(_BLOCK_N, _TILE // block_m),
+        BLOCK_N=_BLOCK_N,
         BLOCK_M=block_m,
-        BLOCK_K=_BLOCK_K,
-        NUM_STAGES=_NUM_STAGES,
+        BLOCK_K=block_k,
+        NUM_STAGES=num_stages,
         INTERPRETED=is_interpreted(),
         num_warps=_NUM_WARPS,
         **launch_options(x.device),

@@ -45,7 +45,7 @@ def test_codes_are_the_nearest_of_their_row() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
-    ("num_rows", "out_features", "in_features"), [(1, 130, 256), (3, 64, 200), (9, 333, 128), (33, 17, 64)]
+    ("num_rows", "out_features", "in_features"), [(1, 130, 256), (3, 64, 200), (9, 333, 128), (41, 17, 64)]
 )
 def test_few_rows(dtype: torch.dtype, num_rows: int, out_features: int, in_features: int, device: torch.device) -> None:
     x = _random(num_rows, in_features, dtype=dtype, device=device)
@@ -82,15 +82,16 @@ def test_what_does_not_fit_is_refused(device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
-@pytest.mark.parametrize(("block_n", "block_m"), [(64, 8), (64, 32), (32, 64)])
-def test_it_compiles_for_every_architecture(dtype: str, block_n: int, block_m: int) -> None:
+@pytest.mark.parametrize("block_m", [8, 32])
+def test_it_compiles_for_every_architecture(dtype: str, block_m: int) -> None:
     signature = {
         "x": f"*{dtype}", "codes": "*i8", "scales": "*fp32", "out": "*fp32", "num_rows": "i32",
         "out_features": "i32:16", "features_per_program": "i32:16", "x_stride": "i32:16", "out_stride": "i32:16",
     }  # fmt: skip
+    block_k, num_stages = w8a16._BLOCK_K_AND_STAGES[block_m]
     constexprs = {
-        "IN_FEATURES": 4096, "BLOCK_N": block_n, "BLOCK_M": block_m, "BLOCK_K": w8a16._BLOCK_K,
-        "NUM_STAGES": w8a16._NUM_STAGES, "INTERPRETED": False,
+        "IN_FEATURES": 4096, "BLOCK_N": w8a16._BLOCK_N, "BLOCK_M": block_m, "BLOCK_K": block_k,
+        "NUM_STAGES": num_stages, "INTERPRETED": False,
     }  # fmt: skip
     compiled = compile_for_all(_w8a16_kernel, signature, constexprs, num_warps=w8a16._NUM_WARPS, wants_sass=True)
     for kernel in compiled.values():
