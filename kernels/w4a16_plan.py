@@ -18,7 +18,7 @@ import torch
 from .w4a16_tiles import RECORD_INPUTS, PackedWeight
 
 # Rows are counted in buckets, each with its own tile; above the last one all counts share the last one's.
-ROW_BUCKETS = (8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 1024, 4096)
+ROW_BUCKETS = (1, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 1024, 4096)
 _SHIPPED = Path(__file__).parent / "tuning"
 
 

@@ -10,7 +10,8 @@ from lmdserve.kernels.w4a16_tune import Product, random_weight
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 MULTIPLY = {Operation.ADD: w4a16_add, Operation.STORE: w4a16_matmul, Operation.SWIGLU: w4a16_swiglu}
-ROWS = (1, 7, 16, 31, 64, 65, 100, 160, 250, 300, 500, 1000, 2100)
+ROWS = (1, 7, 16, 31, 64, 100, 250, 500, 2100)
+ROWS_WITH_BIAS = (1, 31, 500)  # each bias is one more compilation
 # Of the root mean square: the output's rounding, and the weights' where scales come before the product.
 TOLERANCE = {torch.float16: 5e-4, torch.bfloat16: 4e-3}
 
@@ -39,16 +40,15 @@ def _error(result: torch.Tensor, expected: torch.Tensor) -> float:
     return float((result.float() - expected).norm() / expected.norm())
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
-    ("operation", "out_features", "in_features"),
+    ("operation", "out_features", "in_features", "dtype"),
     [
-        (Operation.ADD, 4096, 4096),
-        (Operation.ADD, 4096, 14336),
-        (Operation.STORE, 6144, 4096),
-        (Operation.SWIGLU, 28672, 4096),
-        (Operation.SWIGLU, 22016, 4096),
-        (Operation.STORE, 1040, 384),
+        (Operation.ADD, 4096, 4096, torch.bfloat16),
+        (Operation.ADD, 4096, 14336, torch.float16),
+        (Operation.STORE, 6144, 4096, torch.float16),
+        (Operation.SWIGLU, 28672, 4096, torch.float16),
+        (Operation.SWIGLU, 22016, 4096, torch.bfloat16),
+        (Operation.STORE, 1040, 384, torch.float16),
     ],
     ids=str,
 )
@@ -66,7 +66,7 @@ def test_every_bucket_s_tile_multiplies(
     bias = torch.randn(out_features, device=device).to(dtype)
     for rows in ROWS:
         x = torch.randn(rows, in_features, device=device).to(dtype)
-        for added in (None, bias):
+        for added in (None, bias) if rows in ROWS_WITH_BIAS else (None,):
             expected = _expected(x, truth, operation, added)
             for _ in range(3):  # a race shows now and then
                 if operation is Operation.ADD:

@@ -21,6 +21,7 @@ from lmdserve.kernels.w4a16_plan import DEQUANTIZE, Operation, Tile
 
 # Of the root mean square of the result: the output's own rounding, and for scales before the product the weights'.
 TOLERANCE = {torch.float16: 1e-3, torch.bfloat16: 8e-3}
+NARROWEST = Tile(block_n=64, block_m=8, num_warps=2, num_stages=3)
 NARROW = Tile(block_n=64, block_m=16, num_warps=4, num_stages=3)
 WIDE = Tile(block_n=128, block_m=32, num_warps=4, num_stages=3, scales_after=False, grouped_rows=2)
 SPLIT = Tile(block_n=64, block_m=16, num_warps=4, num_stages=3, num_splits=3)
@@ -90,7 +91,8 @@ def test_halves_of_an_interleaved_weight_are_unpacked_apart(device: torch.device
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("width", [2, 4])
 @pytest.mark.parametrize(
-    ("tile", "group_size", "num_rows"), [(NARROW, 128, 1), (NARROW, -1, 17), (WIDE, 128, 67), (WIDE, 32, 33)]
+    ("tile", "group_size", "num_rows"),
+    [(NARROWEST, 128, 1), (NARROWEST, 128, 3), (NARROW, -1, 17), (WIDE, 128, 67), (WIDE, 32, 33)],
 )
 def test_each_form_of_the_kernel_multiplies(
     dtype: torch.dtype, width: int, tile: Tile, group_size: int, num_rows: int, device: torch.device
