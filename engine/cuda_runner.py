@@ -55,7 +55,10 @@ class CudaRunner:
 
     max_in_flight = 2
 
-    def __init__(self, decoder: FusedDecoder, kv_cache: KVCache, limits: StepLimits) -> None:
+    def __init__(
+        self, decoder: FusedDecoder, kv_cache: KVCache, limits: StepLimits, *, max_draft_rows: int = 0
+    ) -> None:
+        """Steps with drafts have up to `max_draft_rows` rows; with more, or unannounced, they take a while at first."""
         self._decoder = decoder
         self._limits = limits
         self._device = decoder.device
@@ -75,7 +78,7 @@ class CudaRunner:
         self.device_idle_s = 0.0  # between the end of a step and the begin of the next, launched before that end
         with torch.cuda.stream(self._stream):
             self._upload(pad_decode_rows(StepInputs(), limits.max_logit_rows))
-            self._graphs.capture_all()
+            self._graphs.capture_all(max_draft_rows=max_draft_rows)
 
     @torch.inference_mode()
     def launch(self, chunks: SequenceOf[Chunk]) -> CudaStep:

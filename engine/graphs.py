@@ -27,10 +27,16 @@ class DecodeGraphs:
         self._pool = torch.cuda.graph_pool_handle()
         self._graphs: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}
 
-    def capture_all(self) -> None:
-        """Capture the plain graphs, largest first, so that the smaller ones reuse its memory."""
+    def capture_all(self, *, max_draft_rows: int) -> None:
+        """Capture all graphs, largest first, so that the smaller ones reuse its memory.
+
+        Steps with drafts have graphs of their own, for up to `max_draft_rows` rows.
+        """
         for num_rows in reversed(self._row_counts):
             self._graph(num_rows, has_drafts=False)
+        num_counts = bisect_left(self._row_counts, max_draft_rows) + 1 if max_draft_rows else 0
+        for num_rows in reversed(self._row_counts[:num_counts]):
+            self._graph(num_rows, has_drafts=True)
 
     def padded_rows(self, num_rows: int) -> int | None:
         """Return the rows of the smallest graph that takes `num_rows`, None when there is none."""

@@ -5,6 +5,7 @@ from .kv_cache import KVCache
 from .memory import MemoryPlan
 from .models.decoder import Decoder
 from .runner import Runner
+from .speculation import max_rows_with_drafts
 from .step import StepRunner
 from .step_buffers import StepLimits
 
@@ -24,4 +25,5 @@ def make_runner(model: object, kv_cache: KVCache, plan: MemoryPlan, config: Engi
         num_slots=sizes.num_slots,
         max_blocks_per_slot=sizes.max_blocks_per_slot,
     )
-    return CudaRunner(model, kv_cache, limits)
+    max_draft_rows = max_rows_with_drafts(config.num_draft_tokens) if config.speculate != "off" else 0
+    return CudaRunner(model, kv_cache, limits, max_draft_rows=max_draft_rows)

@@ -169,7 +169,7 @@ class Scheduler:
         if self._proposer is not None:
             num_drafts = sum(len(chunk.draft_token_ids) for chunk in chunks)
             if sum(chunk.num_new_tokens for chunk in chunks) == len(chunks) + num_drafts:
-                self._proposer.note_step(len(chunks), seconds, has_guesses=num_drafts > 0)
+                self._proposer.note_step(len(chunks), num_drafts, seconds)
 
     def check(self) -> None:
         """Verify that blocks, slots, queues and sequences agree; raise AssertionError when not. For tests."""

@@ -41,8 +41,8 @@ class Proposer(Protocol):
     def propose(self, sequence: Sequence) -> tuple[int, ...]:
         """Return what may come next in a sequence whose tokens are all known to the host."""
 
-    def note_step(self, num_sequences: int, seconds: float, *, has_guesses: bool) -> None:
-        """Take down how long a step took that decoded so many sequences and did nothing else."""
+    def note_step(self, num_sequences: int, num_guessed: int, seconds: float) -> None:
+        """Take down how long a step took that decoded so many sequences with so many guesses, and did nothing else."""
 
 
 @dataclass(slots=True)
@@ -77,12 +77,18 @@ class StepTimes:
             self.cost += FORGETTING * (ASSUMED_COST - self.cost)
 
 
+def max_rows_with_drafts(num_draft_tokens: int) -> int:
+    """Return how many rows a step with guesses has at most."""
+    return MAX_SEQUENCES * (1 + num_draft_tokens)
+
+
 @dataclass(slots=True)
 class NgramProposer:
     """The Proposer that looks the text up in itself."""
 
     num_draft_tokens: int
     _times: dict[int, StepTimes] = field(default_factory=dict)  # by the bits of the number of sequences
+    _known_rows: set[int] = field(default_factory=set)  # of steps with guesses
 
     def wants_to_draft(self, sequences: SequenceOf[Sequence]) -> bool:
         """Whether a step that decodes these sequences is worth more with guesses."""
@@ -109,10 +115,15 @@ class NgramProposer:
             record.guess, record.num_right = record.index.continuation(self.num_draft_tokens), 0
         return record.guess
 
-    def note_step(self, num_sequences: int, seconds: float, *, has_guesses: bool) -> None:
-        """Take down how long a step took that decoded so many sequences and did nothing else."""
-        if num_sequences <= MAX_SEQUENCES:
-            self._times_for(num_sequences).record(seconds, has_guesses=has_guesses)
+    def note_step(self, num_sequences: int, num_guessed: int, seconds: float) -> None:
+        """Take down how long a step took; the first with so many rows may have prepared what others find ready."""
+        if num_sequences > MAX_SEQUENCES:
+            return
+        num_rows = num_sequences + num_guessed
+        if num_guessed and num_rows not in self._known_rows:
+            self._known_rows.add(num_rows)
+            return
+        self._times_for(num_sequences).record(seconds, has_guesses=num_guessed > 0)
 
     def _times_for(self, num_sequences: int) -> StepTimes:
         return self._times.setdefault(num_sequences.bit_length(), StepTimes())

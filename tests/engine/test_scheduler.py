@@ -598,7 +598,7 @@ class Guesser:
             history.append(right if place < num_right else (right + 1) % VOCAB_SIZE)
         return tuple(history[sequence.num_tokens :])
 
-    def note_step(self, num_sequences: int, seconds: float, *, has_guesses: bool) -> None:
+    def note_step(self, num_sequences: int, num_guessed: int, seconds: float) -> None:
         raise AssertionError("nobody measures time here")
 
 

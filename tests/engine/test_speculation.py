@@ -75,7 +75,7 @@ def _extend(proposer: NgramProposer, sequence: LiveSequence, tokens: Sequence[in
     for token_id in tokens:
         sequence.token_ids.append(token_id)
         wishes.append(proposer.wants_to_draft([sequence]))
-        proposer.note_step(1, 0.01, has_guesses=False)
+        proposer.note_step(1, 0, 0.01)
     return wishes
 
 
@@ -96,8 +96,10 @@ def test_it_begins_once_the_text_repeats_itself_and_ends_when_it_does_not() -> N
 def test_guesses_that_cost_too_much_end_and_are_tried_again_much_later() -> None:
     proposer, sequence = NgramProposer(4), _sequence([1, 2, 3] * 20)
     assert _extend(proposer, sequence, [1, 2, 3] * 20)[-1]
+    proposer.note_step(1, 4, 5.0)  # the first of its kind: kernels are compiled, a graph is captured
+    assert proposer.wants_to_draft([sequence])
     for _ in range(60):
-        proposer.note_step(1, 0.01 * 6, has_guesses=True)  # each would bring up to five tokens for six times the price
+        proposer.note_step(1, 4, 0.01 * 6)  # each would bring up to five tokens for six times the price
     assert not proposer.wants_to_draft([sequence])
     wishes = _extend(proposer, sequence, [1, 2, 3] * 500)
     assert not any(wishes[: round(0.05 / FORGETTING)])
@@ -164,7 +166,7 @@ class Guesses:
         num_right = self._rng.randrange(6)
         return tuple([*right[first : first + num_right], *garbage][:count])
 
-    def note_step(self, num_sequences: int, seconds: float, *, has_guesses: bool) -> None:
+    def note_step(self, num_sequences: int, num_guessed: int, seconds: float) -> None:
         pass
 
 
