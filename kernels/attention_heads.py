@@ -28,6 +28,12 @@ def load_rotated(first_half, mask, cosines, sines, norm, eps, HALF: tl.constexpr
     """
     first = tl.load(first_half, mask=mask, other=0.0).to(tl.float32)
     second = tl.load(first_half + HALF, mask=mask, other=0.0).to(tl.float32)
+    return rotated(first, second, cosines, sines, norm, eps, HALF, HAS_NORM)
+
+
+@triton.jit
+def rotated(first, second, cosines, sines, norm, eps, HALF: tl.constexpr, HAS_NORM: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Normalize heads given as halves, if asked to, and rotate them; arguments as in `load_rotated`."""
     if HAS_NORM:
         squares = tl.sum(first * first + second * second, axis=-1, keep_dims=True)
         inverse = 1.0 / tl.sqrt(squares / (2 * HALF) + eps)
@@ -45,13 +51,16 @@ def quantize_rows(first, second, BITS: tl.constexpr):  # type: ignore[no-untyped
     """
     LEVELS: tl.constexpr = 2**BITS - 1
     SHARE: tl.constexpr = (1 + 2.0**-8) / (2**BITS - 1)
-    is_first = tl.abs(first) < float("inf")
-    is_second = tl.abs(second) < float("inf")
-    is_bad = tl.max(1 - (is_first & is_second).to(tl.int32), axis=1, keep_dims=True) > 0
-    first = tl.where(is_first, first, 0.0)
-    second = tl.where(is_second, second, 0.0)
-    smallest = tl.minimum(tl.min(first, axis=1, keep_dims=True), tl.min(second, axis=1, keep_dims=True))
-    largest = tl.maximum(tl.max(first, axis=1, keep_dims=True), tl.max(second, axis=1, keep_dims=True))
+    # What is not finite becomes -inf, which the minimum finds.
+    first = tl.where(tl.abs(first) < float("inf"), first, float("-inf"))
+    second = tl.where(tl.abs(second) < float("inf"), second, float("-inf"))
+    smallest = tl.min(tl.minimum(first, second), axis=1, keep_dims=True)
+    largest = tl.max(tl.maximum(first, second), axis=1, keep_dims=True)
+    is_bad = smallest == float("-inf")
+    smallest = tl.where(is_bad, 0.0, smallest)
+    largest = tl.where(is_bad, 0.0, largest)
+    first = tl.where(is_bad, 0.0, first)
+    second = tl.where(is_bad, 0.0, second)
     minimum = to_bfloat16(smallest - tl.abs(smallest) * _ROUND_OUT)
     scale = to_bfloat16(tl.maximum((largest - minimum) * SHARE, _SMALLEST_SCALE))
     first_codes, second_codes = _codes(first, scale, minimum, LEVELS), _codes(second, scale, minimum, LEVELS)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 # Programs that a decode launch aims at for each processor. Long rows are cut until about that many have work.
-_PROGRAMS_PER_PROCESSOR = 3
+_PROGRAMS_PER_PROCESSOR = 6
 # What the interpreter, which has no processors, splits contexts for.
 _INTERPRETED_PROCESSORS = 1
 DEFAULT_SCRATCH_BYTES = 256 << 20

@@ -35,7 +35,7 @@ from .attention_codes import (
     value_column,
     value_operand,
 )
-from .attention_heads import load_rotated, store_rows, unpack_scales
+from .attention_heads import load_rotated, rotated, store_rows, unpack_scales
 from .attention_workspace import AttentionWorkspace
 from .kv_cache import check_sizes, kv_words
 from .launch import is_interpreted, launch_options, release_next_kernel, wait_for_previous_kernel
@@ -45,11 +45,19 @@ from .launch import is_interpreted, launch_options, release_next_kernel, wait_fo
 _HEAD_COLUMNS = 8
 _REDUCED_AT_ONCE = 8
 # Tokens a tile, tiles (one a warp) that a program takes at a time, and how many such times are in flight.
-_TILE_TOKENS = {4: 32, 8: 32, 16: 16}
-_NUM_WARPS = {4: 4, 8: 4, 16: 4}
-_NUM_STAGES = {4: 3, 8: 2, 16: 3}
+_TILE_TOKENS = {4: 64, 8: 64, 16: 32}
+_NUM_WARPS = {4: 2, 8: 2, 16: 2}
+_NUM_STAGES = {4: 2, 8: 2, 16: 2}
 # The cache's word of a place that is not there: scale one, minimum zero.
 _NEUTRAL_SCALES = tl.constexpr(0x3F80)
+
+
+@triton.jit
+def _span(context_len, TILE: tl.constexpr, WINDOW: tl.constexpr, APPENDS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Return the first token to be read from the cache, a tile's first, the end, and how many tiles that is."""
+    end = tl.maximum(context_len - 1, 0) if APPENDS else context_len
+    start = tl.maximum(context_len - WINDOW, 0) // TILE * TILE if WINDOW > 0 else context_len * 0
+    return start, end, tl.cdiv(tl.maximum(end - start, 0), TILE)
 
 
 @triton.jit
@@ -67,27 +75,75 @@ def _find_part(  # type: ignore[no-untyped-def]
 
     A part past the last one has row num_rows.
     """
-    rows = tl.arange(0, ROWS)
-    lens = tl.load(context_lens + rows, mask=rows < num_rows, other=0)
-    ends = tl.maximum(lens - 1, 0) if APPENDS else lens
-    starts = lens * 0
-    if WINDOW > 0:
-        starts = tl.maximum(lens - WINDOW, 0) // TILE * TILE
-    tiles = tl.cdiv(tl.maximum(ends - starts, 0), TILE)
-    # Each row's last part may be short: num_rows parts more than the sum over the chunk, at most.
-    chunk = tl.maximum(tl.cdiv(tl.sum(tiles, axis=0), tl.maximum(num_splits - num_rows, 1)), 1)
-    parts = tl.where(rows < num_rows, tl.maximum(tl.cdiv(tiles, chunk), 1), 0)
-    past = tl.cumsum(parts, axis=0)
-    row = tl.sum((past <= part).to(tl.int32), axis=0)
-    is_row = rows == row
-    num_parts = tl.sum(tl.where(is_row, parts, 0), axis=0)
-    number = part - tl.sum(tl.where(is_row, past - parts, 0), axis=0)
-    context_len = tl.sum(tl.where(is_row, lens, 0), axis=0)
-    start = tl.sum(tl.where(is_row, starts, 0), axis=0)
-    end = tl.sum(tl.where(is_row, ends, 0), axis=0)
-    share = tl.cdiv(tl.sum(tl.where(is_row, tiles, 0), axis=0), tl.maximum(num_parts, 1)) * TILE
+    # Each row's last part may be short: num_rows parts more than the tiles of all rows over the chunk, at most.
+    wanted = tl.maximum(num_splits - num_rows, 1)
+    if ROWS == 1:
+        context_len = tl.load(context_lens)
+        start, end, num_tiles = _span(context_len, TILE, WINDOW, APPENDS)
+        chunk = tl.maximum(tl.cdiv(num_tiles, wanted), 1)
+        number = part
+        num_parts = tl.maximum(tl.cdiv(num_tiles, chunk), 1)
+        row = tl.where(part < num_parts, 0, 1)
+    else:
+        rows = tl.arange(0, ROWS)
+        lens = tl.load(context_lens + rows, mask=rows < num_rows, other=0)
+        _, _, tiles = _span(lens, TILE, WINDOW, APPENDS)
+        chunk = tl.maximum(tl.cdiv(tl.sum(tiles, axis=0), wanted), 1)
+        parts = tl.where(rows < num_rows, tl.maximum(tl.cdiv(tiles, chunk), 1), 0)
+        past = tl.cumsum(parts, axis=0)
+        # The last row that ends before this part, and how many parts there are up to it, in one reduction.
+        last = tl.max(tl.where((past <= part) & (rows < num_rows), past * ROWS + rows, -1), axis=0)
+        row = tl.where(last < 0, 0, last % ROWS + 1)
+        number = part - tl.where(last < 0, 0, last // ROWS)
+        context_len = tl.load(context_lens + row, mask=row < num_rows, other=0)
+        start, end, num_tiles = _span(context_len, TILE, WINDOW, APPENDS)
+        num_parts = tl.maximum(tl.cdiv(num_tiles, chunk), 1)
+    share = tl.cdiv(num_tiles, num_parts) * TILE
     first = start + number * share
-    return tl.where(row < ROWS, row, num_rows), context_len, first, tl.minimum(first + share, end), number, num_parts
+    return row, context_len, first, tl.minimum(first + share, end), number, num_parts
+
+
+@triton.jit
+def _append_own(  # type: ignore[no-untyped-def]
+    data,
+    scales,
+    own,
+    side_step,
+    place,
+    value_places,
+    cosine,
+    sine,
+    k_norm,
+    norm_eps,
+    HEAD_DIM: tl.constexpr,
+    BITS: tl.constexpr,
+    HAS_NORM: tl.constexpr,
+):
+    """Append the row's key and value, at own and own + side_step; return both as stored.
+
+    That is the key's halves in fp32 [1, HEAD_DIM / 2], the value's codes [HEAD_DIM, 1] in the product's order, and the
+    value's scale and minimum.
+    """
+    HALF: tl.constexpr = HEAD_DIM // 2
+    sides = tl.arange(0, 2)[:, None]
+    pointers = own + sides * side_step + tl.arange(0, HALF)[None, :]
+    first = tl.load(pointers).to(tl.float32)
+    second = tl.load(pointers + HALF).to(tl.float32)
+    turned_first, turned_second = rotated(first, second, cosine, sine, k_norm, norm_eps, HALF, HAS_NORM)
+    first = tl.where(sides == 0, turned_first, first)
+    second = tl.where(sides == 0, turned_second, second)
+    everywhere = tl.full((2, 1), True, tl.int1)
+    first, second, scale, minimum = store_rows(
+        data, scales, place + sides * value_places, everywhere, first, second, HEAD_DIM, BITS
+    )
+    key_scale, value_scale = tl.split(scale.reshape(2))
+    key_minimum, value_minimum = tl.split(minimum.reshape(2))
+    key_first, value_first = tl.split(first.T)
+    key_second, value_second = tl.split(second.T)
+    column = value_column(value_first[None, :], value_second[None, :], HEAD_DIM, BITS)
+    key_first = key_first * key_scale + key_minimum
+    key_second = key_second * key_scale + key_minimum
+    return key_first[None, :], key_second[None, :], column, value_scale, value_minimum
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_splits", "num_blocks"])
@@ -178,27 +234,17 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
             position = context_len - 1
             own_block = tl.load(table + position // BLOCK_SIZE).to(tl.int64)
             place = (own_block * KV_HEADS + kv_head) * BLOCK_SIZE + position % BLOCK_SIZE
-            place += tl.zeros((1, 1), tl.int64)
-            one = tl.full((1, 1), True, tl.int1)
-            key = qkv_row + (HEADS + kv_head) * HEAD_DIM + elements
-            key_first, key_second = load_rotated(key, one, cosine, sine, k_norm, norm_eps, HALF, HAS_NORM)
-            key_first, key_second, key_scale, key_minimum = store_rows(
-                data, scales, place, one, key_first, key_second, HEAD_DIM, BITS
-            )
-            products = query_first.to(tl.float32) * (key_first * key_scale + key_minimum)
-            products += query_second.to(tl.float32) * (key_second * key_scale + key_minimum)
-            value = key + KV_HEADS * HEAD_DIM
-            value_first = tl.load(value).to(tl.float32)
-            value_second = tl.load(value + HALF).to(tl.float32)
-            value_first, value_second, value_scale, value_minimum = store_rows(
-                data, scales, place + value_places, one, value_first, value_second, HEAD_DIM, BITS
-            )
+            own = qkv_row + (HEADS + kv_head) * HEAD_DIM
+            key_first, key_second, column, value_scale, value_minimum = _append_own(
+                data, scales, own, KV_HEADS * HEAD_DIM, place, value_places, cosine, sine, k_norm, norm_eps, HEAD_DIM,
+                BITS, HAS_NORM,
+            )  # fmt: skip
+            products = query_first.to(tl.float32) * key_first + query_second.to(tl.float32) * key_second
             is_first_tile = (tl.arange(0, TILES) == 0)[:, None]
-            z = tl.sum(products, axis=1) + tl.sum(tl.math.log2(value_scale))  # a sum of one element
+            z = tl.sum(products, axis=1) + tl.math.log2(value_scale)
             best = tl.where(is_first_tile, z[None, :], best)
-            denominator = tl.where(is_first_tile, tl.sum(1.0 / value_scale), denominator)
-            minimums = denominator * tl.sum(value_minimum)
-            column = value_column(value_first, value_second, HEAD_DIM, BITS)
+            denominator = tl.where(is_first_tile, 1.0 / value_scale, denominator)
+            minimums = denominator * value_minimum
             total = tl.where(is_first_tile[:, None, :], column[None, :, :], total)
 
     tiles = tl.arange(0, TILES)[:, None] * TILE
@@ -376,7 +422,7 @@ def decode_attention(
         BLOCK_SIZE=block_size,
         BITS=bits,
         WINDOW=sliding_window or 0,
-        ROWS=max(16, triton.next_power_of_2(num_rows)),
+        ROWS=1 if num_rows == 1 else max(16, triton.next_power_of_2(num_rows)),
         TILE=min(_TILE_TOKENS[bits], block_size),
         TILES=_NUM_WARPS[bits],
         COLUMNS=_HEAD_COLUMNS,

@@ -63,7 +63,7 @@ def test_decoding_a_long_context(bits: int, length: int) -> None:
         (length, 100), num_kv_heads=2, head_dim=128, bits=bits, dtype=torch.float16, device=DEVICE, num_unwritten=1
     )
     out, expected, _ = decode(case, num_heads=8, dtype=torch.float16, num_splits=132)
-    torch.testing.assert_close(out[0].double(), expected[0], rtol=4e-3, atol=1e-3)
+    torch.testing.assert_close(out.double(), expected, rtol=4e-3, atol=4e-3)
 
 
 @pytest.mark.parametrize("bits", [4, 8, 16])
