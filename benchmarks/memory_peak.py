@@ -16,6 +16,7 @@ from typing import NamedTuple
 from lmdserve.engine.api import Request, SamplingParams
 from lmdserve.engine.config import EngineConfig
 from lmdserve.engine.memory_device import find_gpu
+from lmdserve.engine.torch_setup import prepare_torch
 from lmdserve.server.options import OptionParser, add_options, read_options
 
 PROMPT_TOKENS = 1000
@@ -35,6 +36,7 @@ def main() -> int:
     add_options(parser, EngineConfig, title="model and engine")
     config = read_options(EngineConfig, parser.parse_known(sys.argv[1:]))
     logging.basicConfig(level="WARNING", stream=sys.stderr)
+    prepare_torch()
     gpu = find_gpu()
     if gpu is None:
         print("no GPU found", file=sys.stderr)

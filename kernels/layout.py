@@ -12,7 +12,6 @@ import torch
 NIBBLES_PER_WORD = 8
 # Nibble i (bits 4i..4i+3) of an AWQ word holds output column 8c + AWQ_ORDER[i].
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
-_AWQ_INVERSE = (0, 4, 1, 5, 2, 6, 3, 7)
 
 
 def pack_awq(values: torch.Tensor) -> torch.Tensor:
@@ -27,10 +26,16 @@ def pack_awq(values: torch.Tensor) -> torch.Tensor:
 
 
 def unpack_awq(words: torch.Tensor) -> torch.Tensor:
-    """Unpack AWQ words, int32 [rows, columns / 8], into integers 0..15, uint8 [rows, columns]."""
-    shifts = torch.arange(0, 32, 4, device=words.device, dtype=torch.int32)
-    nibbles = (words.unsqueeze(-1) >> shifts) & 0xF
-    return nibbles[..., list(_AWQ_INVERSE)].flatten(-2).to(torch.uint8)
+    """Unpack AWQ words, int32 [rows, columns / 8], into integers 0..15, uint8 [rows, columns].
+
+    Column 4a + 2b + c of a word's eight is nibble 2a + b + 4c: the low (b = 0) or high half of byte a + 2c. So bytes
+    are taken apart as they are, and nothing wider is ever in memory: a load's peak is made here.
+    """
+    word_bytes = words.contiguous().view(torch.uint8).view(*words.shape, 2, 2).transpose(-1, -2)  # [..., a, c]
+    columns = torch.empty(*words.shape, 2, 2, 2, dtype=torch.uint8, device=words.device)
+    torch.bitwise_and(word_bytes, 0xF, out=columns[..., 0, :])
+    torch.bitwise_right_shift(word_bytes, 4, out=columns[..., 1, :])
+    return columns.view(*words.shape[:-1], -1)
 
 
 def pack_rows(values: torch.Tensor) -> torch.Tensor:
