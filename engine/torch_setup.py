@@ -9,19 +9,14 @@ from pathlib import Path
 
 
 def prepare_torch() -> None:
-    """Let OpenMP's threads sleep instead of spin while they wait, let freed GPU memory join what lies beside it
-    (unless the user chose otherwise), and keep torch from warning that numpy, which nothing here needs, is missing.
+    """Let OpenMP's threads sleep instead of spin while they wait (unless the user chose otherwise), and keep torch
+    from warning that numpy, which nothing here needs, is not installed.
 
     The event loop, other programs and torch share the cores. A spinning thread burns the time slice that the thread it
     waits for needs: on two cores beside one busy program a step of a model of the demo's size took 52 ms spinning and
     11 ms sleeping at one stream, 808 ms and 65 ms at 32.
-
-    Rows of logits that are copied for logprobs and penalties, in batches that grow, left 0.5 GiB of GPU memory in
-    pieces that none of them fits, and leave 0.06 GiB in segments that expand.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the older name of the same variable
-        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
 
 

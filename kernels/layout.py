@@ -33,8 +33,8 @@ def unpack_awq(words: torch.Tensor) -> torch.Tensor:
     """
     word_bytes = words.contiguous().view(torch.uint8).view(*words.shape, 2, 2).transpose(-1, -2)  # [..., a, c]
     columns = torch.empty(*words.shape, 2, 2, 2, dtype=torch.uint8, device=words.device)
-    torch.bitwise_and(word_bytes, 0xF, out=columns[..., 0, :])
-    torch.bitwise_right_shift(word_bytes, 4, out=columns[..., 1, :])
+    columns[..., 0, :] = word_bytes & 0xF
+    columns[..., 1, :] = word_bytes >> 4
     return columns.view(*words.shape[:-1], -1)
 
 

@@ -10,26 +10,15 @@ import pytest
 from lmdserve.engine import torch_setup
 
 
-def test_defaults_are_set_where_nothing_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("OMP_WAIT_POLICY", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
-        monkeypatch.setenv(name, "")  # so that what is set below is undone, too
-        monkeypatch.delenv(name)
+@pytest.mark.parametrize(("before", "after"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
+def test_waiting_threads_sleep_unless_told_otherwise(
+    monkeypatch: pytest.MonkeyPatch, before: str | None, after: str
+) -> None:
+    monkeypatch.setenv("OMP_WAIT_POLICY", before or "")  # so that what is set below is undone, too
+    if before is None:
+        monkeypatch.delenv("OMP_WAIT_POLICY")
     torch_setup.prepare_torch()
-    assert torch_setup.os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
-    assert torch_setup.os.environ["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
-
-
-@pytest.mark.parametrize("name", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
-def test_the_users_allocator_settings_stay(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    for other in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
-        monkeypatch.setenv(other, "")
-        monkeypatch.delenv(other)
-    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
-    monkeypatch.setenv(name, "max_split_size_mb:64")
-    torch_setup.prepare_torch()
-    assert torch_setup.os.environ["OMP_WAIT_POLICY"] == "ACTIVE"
-    assert torch_setup.os.environ[name] == "max_split_size_mb:64"
-    assert sum(other in torch_setup.os.environ for other in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")) == 1
+    assert torch_setup.os.environ["OMP_WAIT_POLICY"] == after
 
 
 class FakeDriver:

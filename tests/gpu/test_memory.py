@@ -25,6 +25,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("quant_policy", ["0", "8", "4"])
 def test_the_peak_is_what_was_planned(folder: Path, quant_policy: str) -> None:
     options = ["--model", str(folder), "--quant-policy", quant_policy, "--max-gpu-memory", "16GiB"]
+    options += ["--max-batch-size", "64"]
     command = [sys.executable, ROOT / "benchmarks" / "memory_peak.py", *options]
     printed = subprocess.run(command, check=True, capture_output=True, text=True, timeout=200).stdout
     last = json.loads(printed.splitlines()[-1])
