@@ -24,9 +24,9 @@ class FinishReason(Enum):
 class SamplingParams:
     """How the next token is chosen; `temperature=0` is greedy, and defaults change nothing.
 
-    Order of operations on a row of logits: logit_bias and penalties, min_tokens' ban of stop tokens, temperature,
-    top_k, top_p, min_p, then one draw. Penalties follow their usual definitions: repetition_penalty (CTRL paper)
-    counts prompt and output, presence and frequency penalties (OpenAI) count output only.
+    Order of operations on a row of logits: logit_bias and penalties, min_tokens' ban of stop tokens, the constraint's
+    mask, temperature, top_k, top_p, min_p, then one draw. Penalties follow their usual definitions: repetition_penalty
+    (CTRL paper) counts prompt and output, presence and frequency penalties (OpenAI) count output only.
     """
 
     temperature: float = 1.0
@@ -45,6 +45,27 @@ class SamplingParams:
     num_logprobs: int | None = None  # None: no logprobs; n: the sampled token's and the n most likely ones'
 
 
+class TokenConstraint(Protocol):
+    """What one sequence's tokens have to obey, step by step: `mask`, a token, `accept`, `mask`, ...
+
+    Called on the engine thread, apart from `is_over`. What any of it raises fails that one request.
+    """
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the last accepted token ends the sequence, whatever else does."""
+
+    @property
+    def must_end(self) -> bool:
+        """Whether only tokens may come next that end the sequence."""
+
+    def mask(self) -> bytes | None:
+        """Return the tokens that may come next, bit i of the bytes being token i, in words of 32; None: any."""
+
+    def accept(self, token_id: int) -> None:
+        """Take the token that was sampled under the last mask."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
     """One sequence to generate. `uid` is unique among live requests; `n` choices are n requests that share a prefix."""
@@ -54,6 +75,7 @@ class Request:
     sampling: SamplingParams
     num_prompt_logprobs: int | None = None  # as num_logprobs, for every prompt token but the first
     deterministic: bool = False  # the same tokens, bit by bit, whatever is computed beside it
+    constraint: TokenConstraint | None = None  # its own; it is used up by the sequence
 
 
 class TokenLogprob(NamedTuple):

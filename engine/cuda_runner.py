@@ -14,7 +14,7 @@ import torch
 
 from lmdserve.kernels.attention_workspace import DEFAULT_SCRATCH_BYTES, AttentionWorkspace
 
-from .device_sampler import DeviceSampler
+from .device_sampler import DeviceSampler, TokenMasks
 from .graphs import DecodeGraphs
 from .kv_cache import KVCache
 from .models.fused_decoder import FusedDecoder, FusedStep, PrefillRows, StepMemory
@@ -25,7 +25,8 @@ from .sequence import Sequence
 from .slots import SlotWriter
 from .step import Chunk, ChunkResult
 from .step_buffers import SlotTables, StepBuffers, StepLimits
-from .step_inputs import StepInputs, build_step_inputs, pad_decode_rows
+from .step_inputs import NUM_INPUT_PARTS, StepInputs, aligned_count, build_step_inputs, pad_decode_rows
+from .warm_up import compile_kernels
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,6 +78,7 @@ class CudaRunner:
         self.device_busy_s = 0.0
         self.device_idle_s = 0.0  # between the end of a step and the begin of the next, launched before that end
         with torch.cuda.stream(self._stream):
+            compile_kernels(decoder, memory, self._sampler, limits, max_draft_rows=max_draft_rows)
             self._upload(pad_decode_rows(StepInputs(), limits.max_logit_rows))
             self._graphs.capture_all(max_draft_rows=max_draft_rows)
 
@@ -149,10 +151,14 @@ class CudaRunner:
             inputs.output_positions,
             inputs.prompt_logprob_rows,
         )
-        packed = torch.frombuffer(bytearray().join(parts), dtype=torch.int32).pin_memory()
+        assert len(parts) == NUM_INPUT_PARTS
+        gaps = [aligned_count(len(part)) - len(part) for part in parts]
+        padded = (bytes(part) + bytes(gap * part.itemsize) for part, gap in zip(parts, gaps, strict=True))
+        packed = torch.frombuffer(bytearray().join(padded), dtype=torch.int32).pin_memory()
         arrived = self._inputs[: len(packed)]
         arrived.copy_(packed, non_blocking=True)
-        tensors = torch.split(arrived, [len(part) for part in parts])
+        spans = torch.split(arrived, [len(part) + gap for part, gap in zip(parts, gaps, strict=True)])
+        tensors = [span[: len(part)] for span, part in zip(spans, parts, strict=True)]
         prefill = None
         if num_decode_rows < inputs.num_rows:
             prefill = PrefillRows(
@@ -188,6 +194,7 @@ class CudaRunner:
             uploaded.sample_slots,
             uploaded.output_positions,
             chunks,
+            masks=self._masks(chunks),
             last_token_ids=self._memory.tables.last_token_ids,
         )
         asked = [(row, num_top) for row, num_top in enumerate(_num_logprobs_by_row(chunks)) if num_top is not None]
@@ -197,6 +204,20 @@ class CudaRunner:
             row_ids = to_device(torch.tensor(rows), self._device)
             logprobs = LogprobReadback(logits[row_ids], samples[0, row_ids].long(), num_top)
         return to_host(samples), logprobs
+
+    def _masks(self, chunks: SequenceOf[Chunk]) -> TokenMasks | None:
+        """Return what the constraints of a step allow its rows, None where nothing is constrained."""
+        rows, masks, row = [], [], 0
+        for chunk in chunks:
+            constraint = chunk.sequence.constraint
+            if constraint is not None and constraint.mask is not None and chunk.is_sampled:
+                rows.append(row)
+                masks.append(constraint.mask)
+            row += chunk.num_sampled_rows
+        if not masks:
+            return None
+        packed = torch.frombuffer(bytearray().join(masks), dtype=torch.int32).view(len(masks), -1)
+        return TokenMasks(rows, to_device(packed, self._device))
 
     def _prompt_logprobs(self, chunks: SequenceOf[Chunk], uploaded: _DeviceInputs) -> Iterator[LogprobReadback]:
         """Yield the logprobs of prompt tokens that were asked for, as many at a time as there is room for logits."""
@@ -256,7 +277,8 @@ def _results(step: CudaStep) -> Iterator[ChunkResult]:
 
 def _failure(sequence: Sequence) -> str:
     """Say why a row had nothing to choose; which of the two it was is not worth reading its logits back."""
-    may_forbid = bool(sequence.sampling.logit_bias) or sequence.sampling.min_tokens > 0
+    sampling = sequence.sampling
+    may_forbid = bool(sampling.logit_bias) or sampling.min_tokens > 0 or sequence.constraint is not None
     return NO_CHOICE if may_forbid else NOT_FINITE
 
 

@@ -27,7 +27,7 @@ NOT_FINITE = (
     "the model produced numbers that are not finite (NaN or infinity) for this request; "
     "its weights or its compute type are at fault: try --dtype bfloat16 or float32"
 )
-NO_CHOICE = "logit_bias or min_tokens leaves no token to choose; allow at least one"
+NO_CHOICE = "logit_bias, min_tokens or the output's format leaves no token to choose; allow at least one"
 
 
 class SampleRow(NamedTuple):
@@ -45,6 +45,12 @@ class SampleRow(NamedTuple):
     def is_stop_banned(self) -> bool:
         """Whether min_tokens forbids this token to end the sequence."""
         return self.sequence.is_stop_banned_at(self.output_position)
+
+    @property
+    def mask(self) -> bytes | None:
+        """The tokens that the sequence's constraint allows, a bit each; None: all."""
+        constraint = self.sequence.constraint
+        return None if constraint is None else constraint.mask
 
 
 class Sample(NamedTuple):
@@ -132,6 +138,7 @@ def _is_plain_greedy(row: SampleRow) -> bool:
         and not sampling.logit_bias
         and not has_penalties(sampling)
         and not row.is_stop_banned
+        and row.mask is None
     )
 
 
@@ -140,11 +147,12 @@ def _failure(logits: torch.Tensor) -> str:
 
 
 def _adjusted(logits: torch.Tensor, row_ids: torch.Tensor, rows: SequenceOf[SampleRow]) -> torch.Tensor:
-    """Return a copy of these rows with logit_bias, penalties and the ban of stop tokens applied."""
+    """Return a copy of these rows with logit_bias, penalties, the ban of stop tokens and masks applied."""
     adjusted = logits[row_ids]
     _add_logit_bias(adjusted, [row.sampling.logit_bias for row in rows])
     _apply_penalties(adjusted, [row.sequence for row in rows])
     _ban_stop_tokens(adjusted, rows)
+    _apply_masks(adjusted, [row.mask for row in rows])
     return adjusted
 
 
@@ -166,6 +174,21 @@ def _ban_stop_tokens(logits: torch.Tensor, rows: SequenceOf[SampleRow]) -> None:
     if entries:
         where = torch.tensor(entries, device=logits.device)
         logits[where[:, 0], where[:, 1]] = -torch.inf
+
+
+def _apply_masks(logits: torch.Tensor, masks: SequenceOf[bytes | None]) -> None:
+    """Ban what the constraints do not allow; tokens beyond a mask's end are not allowed either."""
+    rows = [row for row, mask in enumerate(masks) if mask is not None]
+    if not rows:
+        return
+    packed = torch.frombuffer(bytearray().join(mask for mask in masks if mask is not None), dtype=torch.uint8)
+    shifts = torch.arange(8, dtype=torch.uint8)
+    is_allowed = (packed.view(len(rows), -1, 1) >> shifts & 1).view(len(rows), -1).bool().to(logits.device)
+    row_ids = torch.tensor(rows, device=logits.device)
+    masked = torch.full_like(logits[row_ids], -torch.inf)
+    width = min(logits.shape[-1], is_allowed.shape[-1])
+    masked[:, :width] = torch.where(is_allowed[:, :width], logits[row_ids, :width], -torch.inf)
+    logits[row_ids] = masked
 
 
 def _apply_penalties(logits: torch.Tensor, sequences: SequenceOf[Sequence]) -> None:

@@ -205,7 +205,11 @@ class Scheduler:
             if num_pending > 1:
                 prefilling.append(sequence)
             elif num_pending == 1 and not (
-                num_samples and sequence.num_output_tokens + num_samples >= sequence.max_new_tokens
+                num_samples
+                and (
+                    sequence.constraint is not None  # its next mask needs the token in flight
+                    or sequence.num_output_tokens + num_samples >= sequence.max_new_tokens
+                )
             ):
                 decoding.append(sequence)
         return decoding, prefilling
@@ -371,6 +375,9 @@ class Scheduler:
             sequence.token_ids.append(token_id)
             num_kept += 1
             if token_id in sequence.stop_token_ids:
+                sequence.finish_reason = FinishReason.STOP
+                break
+            if sequence.constraint is not None and sequence.constraint.is_over:
                 sequence.finish_reason = FinishReason.STOP
                 break
             if sequence.num_output_tokens >= sequence.max_new_tokens:

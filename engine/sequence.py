@@ -19,6 +19,7 @@ from .api import (
     SamplingParams,
     TokenLogprob,
 )
+from .constraints import ConstraintState
 
 
 class SequenceStatus(Enum):
@@ -58,6 +59,7 @@ class Sequence:
     num_published_blocks: int = 0
     num_cached_tokens: int | None = None  # prompt tokens the prefix cache spared; None before the first admission
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
+    constraint: ConstraintState | None = None  # what its tokens have to obey
     guess_record: object = None  # what `speculation.py` keeps between steps
     sampler_state: object = None  # what `sampler.py` keeps between steps; it goes when the sequence goes
 
@@ -82,8 +84,13 @@ class Sequence:
         return self.num_prompt_logprobs is not None and len(self.prompt_logprobs) < self.num_prompt_tokens - 1
 
     def is_stop_banned_at(self, output_position: int) -> bool:
-        """Whether min_tokens forbids the output's token at this position, counted from 0, to end the sequence."""
-        return output_position < self.sampling.min_tokens and bool(self.stop_token_ids)
+        """Whether min_tokens forbids the output's token at this position, counted from 0, to end the sequence.
+
+        An output that its constraint lets not go on may end all the same.
+        """
+        if output_position >= self.sampling.min_tokens or not self.stop_token_ids:
+            return False
+        return self.constraint is None or not self.constraint.must_end
 
 
 def new_sequence(
@@ -111,6 +118,7 @@ def new_sequence(
         rope_base=rope_base_for(num_prompt_tokens),
         num_prompt_logprobs=request.num_prompt_logprobs,
         is_deterministic=is_deterministic or request.deterministic,
+        constraint=None if request.constraint is None else ConstraintState(request.constraint),
     )
 
 

@@ -169,5 +169,6 @@ def _may_guess(sequence: Sequence) -> bool:
         and sampling.presence_penalty == 0.0
         and sampling.frequency_penalty == 0.0
         and not sampling.logit_bias
+        and sequence.constraint is None
         and sequence.num_output_tokens >= sampling.min_tokens
     )

@@ -41,6 +41,7 @@ class Stepper:
         """
         if not chunks:
             return self._collect_oldest()
+        _prepare_masks(chunks)
         try:
             handle = self._runner.launch(chunks)
         except Exception as error:
@@ -54,7 +55,7 @@ class Stepper:
         """Wait for the oldest step; when it fails, those launched on top of it are computed again with it."""
         oldest = self._in_flight.popleft()
         try:
-            return [FinishedStep(oldest.chunks, self._runner.collect(oldest.handle))]
+            return [_finished(oldest.chunks, self._runner.collect(oldest.handle))]
         except Exception as error:
             steps = [oldest.chunks, *(self._abandon(launched) for launched in self._in_flight)]
             self._in_flight.clear()
@@ -85,7 +86,7 @@ class Stepper:
         results = [self._compute_alone(chunk) for chunk in chunks]
         if all(result.failure is not None for result in results):
             self._probe()
-        return FinishedStep(chunks, results)
+        return _finished(chunks, results)
 
     def _compute_alone(self, chunk: Chunk) -> ChunkResult:
         try:
@@ -103,3 +104,29 @@ class Stepper:
             raise EngineDeadError(
                 f"the model cannot compute any more ({type(error).__name__}: {error}); restart the server"
             ) from error
+
+
+def _prepare_masks(chunks: SequenceOf[Chunk]) -> None:
+    for chunk in chunks:
+        if chunk.is_sampled and chunk.sequence.constraint is not None:
+            chunk.sequence.constraint.prepare()
+
+
+def _finished(chunks: SequenceOf[Chunk], results: SequenceOf[ChunkResult]) -> FinishedStep:
+    """Return a step that is over, its tokens accepted by the constraints, and their next masks computed.
+
+    A step launched ahead runs meanwhile.
+    """
+    if all(chunk.sequence.constraint is None for chunk in chunks):
+        return FinishedStep(chunks, results)
+    checked = [_checked(chunk, result) for chunk, result in zip(chunks, results, strict=True)]
+    _prepare_masks(chunks)
+    return FinishedStep(chunks, checked)
+
+
+def _checked(chunk: Chunk, result: ChunkResult) -> ChunkResult:
+    state = chunk.sequence.constraint
+    if state is None or result.failure is not None:
+        return result
+    state.accept(result.token_ids)
+    return result if state.failure is None else ChunkResult(failure=state.failure)

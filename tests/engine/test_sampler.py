@@ -22,7 +22,7 @@ from transformers import (
 
 from lmdserve.engine import sampler
 from lmdserve.engine.api import EngineInfo, Request, SamplingParams
-from lmdserve.engine.sampler import sample, token_logprobs, uniform
+from lmdserve.engine.sampler import NO_CHOICE, sample, token_logprobs, uniform
 from lmdserve.engine.sequence import Sequence, new_sequence
 
 VOCAB_SIZE = 40
@@ -286,7 +286,7 @@ def test_a_request_that_bans_every_token_is_told_so() -> None:
     for temperature in (0.0, 1.0):
         sequence = _sequence(temperature=temperature, min_tokens=1, stop_token_ids=everything)
         (result,) = sample(_logits(), [sequence])
-        assert result.failure == "logit_bias or min_tokens leaves no token to choose; allow at least one"
+        assert result.failure == NO_CHOICE
 
 
 def _random_sampling(rng: random.Random) -> dict[str, Any]:

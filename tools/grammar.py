@@ -1,0 +1,240 @@
+"""Compiles what a reply must look like (a JSON schema, a regex, a Lark grammar, a choice) into a grammar over tokens.
+
+Owns the limits that keep any input's cost bounded, and the rule for what cannot be enforced: the strict grammar comes
+first; where a keyword has none, the lenient grammar leaves that keyword out and says so, or is refused. llguidance does
+the work, and is imported when the first grammar is compiled. Where a grammar begins and ends within a reply belongs to
+`constraint.py`.
+"""
+
+import json
+import re
+import threading
+from collections import OrderedDict
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLTokenizer
+
+MAX_SOURCE_CHARS = 256 * 1024  # of one grammar, schemas of its tools included; 2000 properties are 150 KiB
+MAX_NESTING = 64
+MAX_CACHED = 128  # compiled grammars; each holds its source, and a matcher of about 10 times that
+# Half to a twentieth of llguidance's defaults: with these the costliest mask found for a hostile regex took 70 ms (then
+# the request fails), with the defaults 950 ms; 884 real schemas need none of the difference.
+_LIMITS: Mapping[str, Any] = {
+    "initial_lexer_fuel": 200_000,
+    "step_lexer_fuel": 20_000,
+    "step_max_items": 10_000,
+    "max_lexer_states": 50_000,
+    "verbose_errors": False,
+}
+# Bounded, so that no model can fill its answer with blanks; the deepest indentation in use stays below.
+_WHITESPACE = r"[\x20\x0A\x0D\x09]{1,40}"
+_JSON_OPTIONS: Mapping[str, Any] = {"whitespace_pattern": _WHITESPACE, "lenient": False, "coerce_one_of": False}
+_LENIENT_OPTIONS: Mapping[str, Any] = {**_JSON_OPTIONS, "lenient": True, "coerce_one_of": True}
+_UNIMPLEMENTED = re.compile(r"Unimplemented keys: (\[[^\]]*\])")
+_SIGNS_OF = {"Unknown format: ": "format", "oneOf constraints are not supported": "oneOf"}  # in llguidance's messages
+_ERROR_NOISE = re.compile(
+    r"^at \d+\(\d+\): |failed to compile JSON schema: |\s*<(?:state|non-verbose/)>.*|\s+\d+ \| .*", re.DOTALL
+)
+_SHOWN_ERROR_CHARS = 300
+
+
+class GrammarError(ValueError):
+    """A grammar that cannot be compiled, in one sentence; `keywords` are the schema keywords at fault, if they are."""
+
+    def __init__(self, message: str, keywords: Collection[str] = ()) -> None:
+        super().__init__(message)
+        self.keywords = tuple(keywords)
+
+
+@dataclass(frozen=True, slots=True)
+class GrammarSource:
+    """What to compile. Sources that are equal compile to the same grammar.
+
+    `text` is in Lark's notation; `lenient_text` is the same with the schemas' unenforceable keywords left out, None
+    where every keyword has to be enforced.
+    """
+
+    text: str
+    lenient_text: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Vocabulary:
+    """A tokenizer as grammars see it: each id's bytes, the ids that are no text, and those that may end a reply."""
+
+    token_bytes: Sequence[bytes]
+    control_ids: frozenset[int]
+    end_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Grammar:
+    """A compiled grammar. `unenforced` are the schema keywords that it leaves out."""
+
+    prototype: "LLMatcher"
+    unenforced: tuple[str, ...] = ()
+
+    def new_matcher(self) -> "LLMatcher":
+        """Return a matcher at the beginning of the grammar."""
+        return self.prototype.deep_copy()
+
+
+class GrammarCompiler:
+    """Compiles and caches grammars for one vocabulary. Safe to call from several threads; a call may take a second."""
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        self.vocabulary = vocabulary
+        self._lock = threading.Lock()
+        self._tokenizer: LLTokenizer | None = None
+        self._cache: OrderedDict[GrammarSource, Grammar] = OrderedDict()
+
+    def compile(self, source: GrammarSource) -> Grammar:
+        """Return the grammar of a source; raise GrammarError."""
+        with self._lock:
+            grammar = self._cache.get(source)
+            if grammar is not None:
+                self._cache.move_to_end(source)
+                return grammar
+        grammar = self._compile_new(source)
+        with self._lock:
+            self._cache[source] = grammar
+            while len(self._cache) > MAX_CACHED:
+                self._cache.popitem(last=False)
+        return grammar
+
+    def _compile_new(self, source: GrammarSource) -> Grammar:
+        if len(source.text) > MAX_SOURCE_CHARS:
+            raise GrammarError(
+                f"the grammar has {len(source.text)} characters, and at most {MAX_SOURCE_CHARS} are compiled; "
+                "shorten it"
+            )
+        try:
+            return Grammar(self._matcher(source.text))
+        except GrammarError as error:
+            if not error.keywords or source.lenient_text is None:
+                raise
+            keywords = error.keywords
+        matcher = self._matcher(source.lenient_text)
+        return Grammar(matcher, tuple(sorted({*keywords, *_left_out(matcher.get_grammar_warnings())})))
+
+    def _matcher(self, text: str) -> "LLMatcher":
+        from llguidance import LLMatcher, LLParserLimits
+
+        matcher = LLMatcher(self._loaded_tokenizer(), text, log_level=0, limits=LLParserLimits(**_LIMITS))
+        if not matcher.is_error():
+            matcher.compute_bitmask()  # some grammars turn out to be too large, or to allow nothing, here only
+        if matcher.is_error():
+            raise _explain(matcher.get_error())
+        if matcher.is_stopped() and not matcher.is_accepting():
+            raise GrammarError("the grammar allows no text at all")
+        return matcher
+
+    def _loaded_tokenizer(self) -> "LLTokenizer":
+        with self._lock:
+            if self._tokenizer is None:
+                self._tokenizer = _load_tokenizer(self.vocabulary)
+            return self._tokenizer
+
+
+def json_schema_source(schema: Any, *, must_be_strict: bool) -> GrammarSource:
+    """Return the source of a JSON value that obeys a schema; raise GrammarError for one that is nested too deeply."""
+    return GrammarSource(*(f"start: {text}\n" for text in schema_terms(schema, must_be_strict=must_be_strict) if text))
+
+
+def schema_terms(schema: Any, *, must_be_strict: bool) -> tuple[str, str | None]:
+    """Return what stands for a schema's values in a Lark rule, strict and lenient."""
+    if schema is False:
+        raise GrammarError("the schema is false, which no value obeys")
+    if schema is not True and not isinstance(schema, Mapping):
+        raise GrammarError("the schema must be a JSON object")
+    proper = dict(schema) if isinstance(schema, Mapping) else {}
+    if _is_deeper_than(proper, MAX_NESTING):
+        raise GrammarError(f"the schema is nested deeper than {MAX_NESTING} levels; flatten it")
+    strict = json.dumps({**proper, "x-guidance": _JSON_OPTIONS}, ensure_ascii=True)
+    lenient = json.dumps({**proper, "x-guidance": _LENIENT_OPTIONS}, ensure_ascii=True)
+    return f"%json {strict}", None if must_be_strict else f"%json {lenient}"
+
+
+def regex_source(pattern: str) -> GrammarSource:
+    """Return the source of a text that matches a whole regular expression (Rust's syntax, without look-around)."""
+    from llguidance import LLMatcher
+
+    return GrammarSource(LLMatcher.grammar_from_regex(pattern))
+
+
+def choice_source(choices: Sequence[str]) -> GrammarSource:
+    """Return the source of a text that is one of some."""
+    if not choices or not all(choices):
+        raise GrammarError("choice needs at least one text, and none of them empty")
+    return GrammarSource("start: " + " | ".join(lark_text(choice) for choice in choices) + "\n")
+
+
+def lark_source(text: str) -> GrammarSource:
+    """Return the source that is a Lark grammar already."""
+    return GrammarSource(text if text.endswith("\n") else text + "\n")
+
+
+def lark_text(text: str) -> str:
+    """Return a text as a terminal of a Lark rule."""
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise GrammarError("a text holds a lone surrogate, which no reply can carry")
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _load_tokenizer(vocabulary: Vocabulary) -> "LLTokenizer":
+    from llguidance import LLTokenizer, TokenizerWrapper
+
+    if not vocabulary.end_ids:
+        raise GrammarError("the served model has no token that ends an answer, so its output cannot be constrained")
+    ends = list(vocabulary.end_ids)
+    return LLTokenizer(TokenizerWrapper(_WrappedVocabulary(vocabulary)), eos_token=ends)
+
+
+class _WrappedVocabulary:
+    """What llguidance asks of a tokenizer. It encodes nothing here: replies come as ids."""
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        self.eos_token_id = vocabulary.end_ids[0]
+        self.bos_token_id = None
+        self.tokens = list(vocabulary.token_bytes)
+        self.special_token_ids = sorted(vocabulary.control_ids)
+        self._byte_ids = {data[0]: token_id for token_id, data in enumerate(self.tokens) if len(data) == 1}
+
+    def __call__(self, text: bytes) -> list[int]:
+        return [self._byte_ids[byte] for byte in text if byte in self._byte_ids]
+
+
+def _explain(error: str) -> GrammarError:
+    keywords = _left_out([error])
+    if keywords:
+        return GrammarError(f"the keyword {', '.join(keywords)} cannot be enforced; leave it out", keywords)
+    reason = " ".join(_ERROR_NOISE.sub("", error).split())[:_SHOWN_ERROR_CHARS]
+    return GrammarError(f"it cannot be compiled: {reason}")
+
+
+def _left_out(messages: Sequence[str]) -> tuple[str, ...]:
+    """Return the schema keywords that llguidance says it does not know."""
+    names: set[str] = set()
+    for message in messages:
+        for match in _UNIMPLEMENTED.finditer(message):
+            names.update(json.loads(match[1]))
+        names.update(keyword for sign, keyword in _SIGNS_OF.items() if sign in message)
+    return tuple(sorted(names))
+
+
+def _is_deeper_than(value: object, limit: int) -> bool:
+    level: list[object] = [value]
+    for _ in range(limit):
+        level = [child for parent in level for child in _children(parent)]
+        if not level:
+            return False
+    return True
+
+
+def _children(value: object) -> list[object]:
+    if isinstance(value, Mapping):
+        return list(value.values())
+    return list(value) if isinstance(value, list | tuple) else []
