@@ -18,7 +18,7 @@ GREEDY = greedy(NUM_TOKENS, num_logprobs=3)
 
 
 def config_for(model: str | Path, quant_policy: QuantPolicy, **changes: object) -> EngineConfig:
-    options = {"cache_max_entry_count": 512, "session_len": 1024, "deterministic": True} | changes
+    options = {"cache_max_entry_count": 512, "session_len": 1024, "max_batch_size": 64, "deterministic": True} | changes
     return EngineConfig(model=str(model), device="cuda", dtype="float16", quant_policy=quant_policy, **options)
 
 
@@ -36,7 +36,7 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return folder
 
 
-@pytest.mark.parametrize("quant_policy", [0, 8, 4])
+@pytest.mark.parametrize("quant_policy", [8, 4])
 def test_an_answer_among_32_others_is_the_answer_alone(model: Path, quant_policy: QuantPolicy) -> None:
     prompts = (chat_prompts() * 3)[:33]
     together, alone = make_requests(prompts, GREEDY, label="a"), make_requests(prompts[5:6], GREEDY, label="b")
