@@ -9,6 +9,7 @@ from bisect import bisect_left
 import torch
 
 from .models.fused_decoder import FusedDecoder, FusedStep, StepMemory
+from .step_inputs import aligned_count
 
 # Few enough to capture in a second, close enough that padding stays below a third; beyond 64 rows the products' tiles
 # have 64 columns or more, so padding within a tile is free.
@@ -72,8 +73,9 @@ class DecodeGraphs:
         self._decoder.logits(step, None, self._memory)
 
     def _step(self, num_rows: int, *, has_drafts: bool) -> FusedStep:
-        used = self._inputs[: _INPUTS_PER_ROW * num_rows]
-        token_ids, positions, slots, context_lens = torch.split(used, num_rows)
+        stride = aligned_count(num_rows)
+        parts = torch.split(self._inputs[: _INPUTS_PER_ROW * stride], stride)
+        token_ids, positions, slots, context_lens = (part[:num_rows] for part in parts)
         return FusedStep(
             token_ids=token_ids,
             positions=positions,

@@ -8,6 +8,7 @@ from .runner import Runner
 from .speculation import max_rows_with_drafts
 from .step import StepRunner
 from .step_buffers import StepLimits
+from .step_inputs import ALIGNMENT
 
 
 def make_runner(model: object, kv_cache: KVCache, plan: MemoryPlan, config: EngineConfig) -> StepRunner:
@@ -20,7 +21,7 @@ def make_runner(model: object, kv_cache: KVCache, plan: MemoryPlan, config: Engi
     assert isinstance(model, FusedDecoder)
     sizes = plan.sizes
     limits = StepLimits(
-        max_tokens=sizes.max_tokens,
+        max_tokens=sizes.max_tokens + ALIGNMENT - 1,  # decode rows are padded where prefill tokens follow
         max_logit_rows=sizes.max_logit_rows,
         num_slots=sizes.num_slots,
         max_blocks_per_slot=sizes.max_blocks_per_slot,

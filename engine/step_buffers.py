@@ -10,6 +10,7 @@ import torch
 
 from .model_config import ModelConfig
 from .scheduler import MAX_PROMPT_LOGPROB_ROWS
+from .step_inputs import ALIGNMENT, NUM_INPUT_PARTS
 
 # Up to here a 4-bit product is fastest when its parts are added atomically to a float32 buffer (kernels/w4a16.py).
 MOST_ROWS_TO_ACCUMULATE = 64
@@ -27,7 +28,8 @@ class StepLimits:
     @property
     def max_inputs(self) -> int:
         """The integers that describe a step: see step_inputs.py."""
-        return 4 * self.max_tokens + 3 * (self.num_slots + 1) + 3 * self.max_logit_rows + MAX_PROMPT_LOGPROB_ROWS
+        numbers = 4 * self.max_tokens + 3 * (self.num_slots + 1) + 3 * self.max_logit_rows + MAX_PROMPT_LOGPROB_ROWS
+        return numbers + NUM_INPUT_PARTS * ALIGNMENT
 
 
 class StepBuffers:

@@ -11,6 +11,10 @@ from dataclasses import dataclass, field
 from .step import Chunk
 
 TOKEN_ON_DEVICE = -1  # in place of a token id: the one that this slot sampled last, which the host has not seen yet
+# Integers that each part of a step begins at a multiple of: kernels are compiled for pointers aligned to 16 bytes, and
+# again for others.
+ALIGNMENT = 4
+NUM_INPUT_PARTS = 11  # that a step is sent to the device in
 NO_POSITION = -1  # a padding row's position; its context length is then 0, which computes nothing
 
 
@@ -60,6 +64,8 @@ def build_step_inputs(chunks: SequenceOf[Chunk]) -> StepInputs:
         first_rows[index] = inputs.num_rows
         _add_tokens(inputs, chunks[index])
         inputs.has_drafts |= bool(chunks[index].draft_token_ids)
+    if prefills:
+        pad_decode_rows(inputs, aligned_count(inputs.num_rows))
     inputs.num_decode_rows = inputs.num_rows
     for index in prefills:
         first_rows[index] = inputs.num_rows
@@ -68,6 +74,11 @@ def build_step_inputs(chunks: SequenceOf[Chunk]) -> StepInputs:
     for chunk, first_row in zip(chunks, first_rows, strict=True):
         _add_wanted_rows(inputs, chunk, first_row)
     return inputs
+
+
+def aligned_count(count: int) -> int:
+    """Return the next multiple of ALIGNMENT."""
+    return -(-count // ALIGNMENT) * ALIGNMENT
 
 
 def pad_decode_rows(inputs: StepInputs, num_rows: int) -> StepInputs:

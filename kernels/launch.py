@@ -6,12 +6,16 @@ start once its main loop is done: starting it earlier made a chain of decoder la
 because the waiting programs hold the places of the running ones.
 """
 
-from functools import cache
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import cache, partial
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
+from triton.runtime.jit import KernelInterface
 
 
 @cache
@@ -30,6 +34,26 @@ def launch_options(device: torch.device) -> dict[str, Any]:
     if has_programmatic_launch(device):
         return {"PDL": True, "launch_pdl": True}
     return {"PDL": False}
+
+
+@contextmanager
+def compile_ahead(num_threads: int) -> Iterator[None]:
+    """Within, a launch compiles its kernel, `num_threads` kernels at once, and runs nothing; at the end all are ready.
+
+    Everything but Triton's launches happens as always. No other thread may launch kernels meanwhile.
+    """
+
+    def compile_only(kernel: Any, grid: Any) -> Any:
+        return partial(kernel.run, grid=grid, warmup=True)
+
+    launch = KernelInterface.__getitem__
+    with ThreadPoolExecutor(num_threads, thread_name_prefix="lmdserve-compile") as executor:
+        KernelInterface.__getitem__ = compile_only
+        try:
+            with triton.AsyncCompileMode(executor):
+                yield
+        finally:
+            KernelInterface.__getitem__ = launch
 
 
 @triton.jit

@@ -107,6 +107,16 @@ class FusedDecoder:
         self._head = head
         self._softmax_scale = 1.0 / math.sqrt(config.head_dim)
 
+    def first_layer_alone(self) -> "FusedDecoder":
+        """Return a decoder that launches every kernel that this one launches, once."""
+        return FusedDecoder(
+            self.config,
+            embedding=self._embedding,
+            layers=self._layers[:1],
+            final_norm=self._final_norm,
+            head=self._head,
+        )
+
     @torch.inference_mode()
     def forward(self, step: FusedStep, memory: StepMemory) -> None:
         """Append the step's tokens to the cache and leave their last hidden states in the residual buffer."""

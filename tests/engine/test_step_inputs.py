@@ -25,20 +25,21 @@ def sequence(slot: int, num_tokens: int, num_prompt_tokens: int, *, is_determini
     return made
 
 
-def test_decode_rows_come_first_and_samples_keep_the_chunks_order() -> None:
+def test_decode_rows_come_first_padded_and_samples_keep_the_chunks_order() -> None:
+    """Prefill tokens begin at a multiple of four rows, so that their pointers stay aligned."""
     prompt = Chunk(sequence(1, 10, 10), 4, 6, is_sampled=True)
     part = Chunk(sequence(2, 90, 90), 0, 3, is_sampled=False)
     decode = Chunk(sequence(3, 12, 10), 11, 1, is_sampled=True)
     inputs = build_step_inputs([prompt, part, decode])
-    assert list(inputs.token_ids) == [311, 104, 105, 106, 107, 108, 109, 200, 201, 202]
-    assert list(inputs.positions) == [11, 4, 5, 6, 7, 8, 9, 0, 1, 2]
-    assert list(inputs.slots) == [3, 1, 1, 1, 1, 1, 1, 2, 2, 2]
-    assert inputs.num_decode_rows == 1
+    assert list(inputs.token_ids) == [311, 0, 0, 0, 104, 105, 106, 107, 108, 109, 200, 201, 202]
+    assert list(inputs.positions) == [11, *[NO_POSITION] * 3, 4, 5, 6, 7, 8, 9, 0, 1, 2]
+    assert list(inputs.slots) == [3, 0, 0, 0, 1, 1, 1, 1, 1, 1, 2, 2, 2]
+    assert inputs.num_decode_rows == 4
     assert list(inputs.query_starts) == [0, 6, 9]
     assert list(inputs.prefill_slots) == [1, 2]
     assert list(inputs.prefill_context_lens) == [10, 3]
     assert inputs.max_query_len == 6
-    assert list(inputs.sample_rows) == [6, 0]
+    assert list(inputs.sample_rows) == [9, 0]
     assert list(inputs.sample_slots) == [1, 3]
     assert list(inputs.output_positions) == [0, 2]
 
