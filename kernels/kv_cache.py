@@ -91,7 +91,8 @@ def _append_kernel(  # type: ignore[no-untyped-def]
     token = first_token + tl.arange(0, TOKENS)[:, None]
     is_token = token < num_tokens
     mask = tl.broadcast_to(is_token, (TOKENS, HALF))
-    position = tl.load(positions + token, mask=is_token, other=0).to(tl.int64)
+    position = tl.load(positions + token, mask=is_token, other=-1).to(tl.int64)
+    is_token &= position >= 0  # padding rows have none
     table = tl.load(token_table_rows + token, mask=is_token, other=0).to(tl.int64) * table_stride
     block = tl.load(block_tables + table + position // BLOCK_SIZE, mask=is_token, other=0).to(tl.int64)
     place = (block * KV_HEADS + kv_head) * BLOCK_SIZE + position % BLOCK_SIZE
@@ -130,7 +131,8 @@ def append_kv(
     qkv [T, (num_heads + 2 * num_kv_heads) * D] fp32 or 16-bit; cosines and sines fp32 [T, D / 2] of each token's
     position; kv_data [2, num_blocks, num_kv_heads, block_size, width] and kv_scales [..., 2] or None as
     `KVCache.layer` gives them; block_tables int32 [num_table_rows, max_blocks]; token_table_rows and positions, int32
-    or int64 [T], say where a token's slot is; query_out 16-bit [T, num_heads, D]. q_norm and k_norm [D]: RMS norm of
+    or int64 [T], say where a token's slot is, and a padding row, which writes nothing to the cache, has position -1;
+    query_out 16-bit [T, num_heads, D]. q_norm and k_norm [D]: RMS norm of
     each head before rotation. Raises ValueError for sizes the kernel does not have.
     """
     _, num_blocks, num_kv_heads, block_size, _ = kv_data.shape

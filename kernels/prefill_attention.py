@@ -31,7 +31,7 @@ _TILE_ROWS = 128
 _NUM_WARPS = 8
 # Context tokens a tile, and tiles in flight; before Hopper larger ones spill registers.
 _HOPPER_TILE = {"TILE": 64, "num_stages": 3}
-_TILE = {"TILE": 32, "num_stages": 2}
+_TILE = {"TILE": 32, "num_stages": 3}
 # Rows of the longest chunk, tokens times heads of a group, from which dequantizing beforehand pays: four tiles.
 _LEAST_ROWS_FOR_SCRATCH = 512
 
@@ -133,8 +133,8 @@ def _attend(  # type: ignore[no-untyped-def]
     offsets = tl.arange(0, TILE)
     if TILE > BLOCK_SIZE:
         offsets %= BLOCK_SIZE
-    elif TILE < BLOCK_SIZE:
-        first_place += start & (BLOCK_SIZE - 1)
+    else:
+        first_place += start % BLOCK_SIZE
     keys = _load_tile(data, scales, first_place, offsets, is_inside, HEAD_DIM, BITS, MASKED, query.dtype)
     scores = multiply(query, keys.T, tl.zeros((ROWS, TILE), tl.float32), COMPILED)
     if MASKED:

@@ -87,6 +87,8 @@ def append_kv(
     kv [num_tokens, 2 * num_kv_heads, head_dim], keys before values; kv_data and kv_scales as in `read_kv`; rows int64
     [num_tokens * 2 * num_kv_heads] from the plan. Values that are not finite become finite, and small enough that a
     quantized row of them stays so: a sequence that overflowed must not reach the next owner of its blocks as 0 * NaN.
+    (The GPU's kernels never read past a sequence's end, so there such a row becomes NaN, which its own sequence sees:
+    `attention_heads`.)
     """
     largest = _LARGEST_STORED[kv.dtype]
     values = kv.reshape(-1, kv.shape[-1]).nan_to_num(nan=0.0, posinf=largest, neginf=-largest)

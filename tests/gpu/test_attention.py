@@ -13,6 +13,7 @@ from attention_cases import attended, random_case
 from test_paged_attention import assert_appended, decode
 from test_prefill_attention import prefill, random_queries
 
+from lmdserve.kernels import paged_attention
 from lmdserve.kernels.attention_workspace import AttentionWorkspace
 from lmdserve.kernels.paged_attention import decode_attention
 
@@ -34,6 +35,28 @@ def test_decoding_a_ragged_batch(bits: int, heads: tuple[int, int], dtype: torch
         out, expected, new = decode(case, num_heads=heads[0], dtype=dtype, num_splits=num_splits)
         torch.testing.assert_close(out.double(), expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
         assert_appended(case, new, dtype)
+
+
+@pytest.mark.parametrize(
+    ("bits", "tile_tokens", "num_warps", "num_stages"),
+    [(4, 64, 2, 2), (8, 64, 2, 2), (16, 32, 2, 2), (4, 64, 1, 3), (8, 64, 1, 2), (16, 32, 1, 4)],
+)
+@pytest.mark.parametrize("num_rows", [1, 12])
+def test_decoding_with_other_tiles(
+    bits: int, tile_tokens: int, num_warps: int, num_stages: int, num_rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """How a part is walked changes no result beyond rounding."""
+    monkeypatch.setitem(paged_attention._TILE_TOKENS, bits, tile_tokens)
+    monkeypatch.setitem(paged_attention._NUM_WARPS, bits, num_warps)
+    monkeypatch.setitem(paged_attention._NUM_STAGES, bits, num_stages)
+    lens = (5000, 1, 63, 64, 65, 0, 1000, 2049, 17, 512, 511, 513)[:num_rows]
+    case = random_case(
+        lens, num_kv_heads=8, head_dim=128, bits=bits, dtype=torch.float16, device=DEVICE, num_unwritten=1
+    )
+    for num_splits in (132, 8):
+        out, expected, new = decode(case, num_heads=32, dtype=torch.float16, num_splits=num_splits)
+        torch.testing.assert_close(out.double(), expected, rtol=4e-3, atol=4e-3)
+        assert_appended(case, new, torch.float16)
 
 
 @pytest.mark.parametrize("bits", [4, 16])

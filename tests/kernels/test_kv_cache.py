@@ -5,9 +5,10 @@ import math
 import pytest
 import torch
 from attention_cases import PagedCase, random_case, rotated, rotation
+from offline_compile import assert_fits, compile_for_all
 
 from lmdserve.kernels import reference
-from lmdserve.kernels.kv_cache import append_kv
+from lmdserve.kernels.kv_cache import _append_kernel, append_kv
 
 LENS = (100, 1, 65, 30)
 CHUNKS = (65, 1, 2, 0)  # last tokens of each sequence
@@ -116,6 +117,22 @@ def append(case: PagedCase, qkv: torch.Tensor) -> None:
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("bits", [4, 16])
+def test_a_padding_row_writes_nothing_to_the_cache(bits: int, device: torch.device) -> None:
+    case = random_case((70, 5), num_kv_heads=2, head_dim=64, bits=bits, dtype=torch.float16, device=device)
+    before = [x.clone().view(torch.uint8) for x in (case.data, case.scales) if x is not None]
+    positions = torch.full((2,), -1, dtype=torch.int32, device=device)
+    cosines, sines = rotation(positions, 64)
+    query_out = torch.full((2, 2, 64), math.nan, dtype=torch.float16, device=device)
+    append_kv(
+        torch.ones(2, 6 * 64, device=device), cosines, sines, case.data, case.scales, case.block_tables,
+        case.table_rows, positions, query_out, bits=bits, num_heads=2,
+    )  # fmt: skip
+    after = [x.view(torch.uint8) for x in (case.data, case.scales) if x is not None]
+    assert all(torch.equal(*pair) for pair in zip(before, after, strict=True))
+    assert query_out.isfinite().all()
+
+
 def test_no_tokens_are_fine(device: torch.device) -> None:
     case = random_case((1,), num_kv_heads=1, head_dim=64, bits=8, dtype=torch.float16, device=device)
     none = torch.empty(0, dtype=torch.int32, device=device)
@@ -124,3 +141,22 @@ def test_no_tokens_are_fine(device: torch.device) -> None:
         case.data, case.scales, case.block_tables, none, none,
         torch.empty(0, 1, 64, dtype=torch.float16, device=device), bits=8, num_heads=1,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize(("bits", "head_dim"), [(4, 64), (4, 128), (8, 128), (16, 64)])
+def test_it_compiles_for_every_architecture(bits: int, head_dim: int) -> None:
+    compiled = compile_for_all(
+        _append_kernel,
+        dict.fromkeys(("qkv", "cosines", "sines"), "*fp32")
+        | dict.fromkeys(("data", "scales"), "*fp16" if bits == 16 else "*i32")
+        | dict.fromkeys(("block_tables", "token_table_rows", "positions"), "*i32")
+        | dict.fromkeys(("query_out", "q_norm", "k_norm"), "*fp16")
+        | dict.fromkeys(("num_tokens", "num_blocks", "table_stride"), "i32")
+        | {"qkv_stride": "i32:16", "norm_eps": "fp32"},
+        {
+            "KV_HEADS": 8, "GROUP": 4, "GROUP_ROWS": 4, "HEAD_DIM": head_dim, "BLOCK_SIZE": 64, "BITS": bits,
+            "TOKENS": 8, "HAS_NORM": True,
+        },
+    )  # fmt: skip
+    for kernel in compiled.values():
+        assert_fits(kernel)

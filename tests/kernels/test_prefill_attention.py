@@ -6,9 +6,17 @@ from collections.abc import Sequence
 import pytest
 import torch
 from attention_cases import PagedCase, attended, random_case
+from offline_compile import assert_fits, compile_for_all
 
+from lmdserve.kernels.attention_scratch import _dequantize_kernel
 from lmdserve.kernels.attention_workspace import AttentionWorkspace
-from lmdserve.kernels.prefill_attention import prefill_attention
+from lmdserve.kernels.prefill_attention import (
+    _HOPPER_TILE,
+    _NUM_WARPS,
+    _TILE,
+    _prefill_kernel,
+    prefill_attention,
+)
 
 TOLERANCE = {torch.float16: 4e-3, torch.bfloat16: 2.5e-2}  # weights and values are rounded to the type
 
@@ -133,3 +141,38 @@ def test_sizes_without_a_kernel_are_refused(device: torch.device) -> None:
     case = random_case((3,), num_kv_heads=1, head_dim=32, bits=16, dtype=torch.float16, device=device)
     with pytest.raises(ValueError, match="head_dim"):
         prefill(case, random_queries(case, (3,), 1, 32, torch.float16), (0,), (3,))
+
+
+@pytest.mark.parametrize(("bits", "head_dim", "is_dense"), [(16, 64, False), (16, 128, False), (16, 128, True),
+                                                            (4, 128, False), (8, 64, False)])  # fmt: skip
+def test_it_compiles_for_every_architecture(bits: int, head_dim: int, is_dense: bool) -> None:
+    for options, architectures in ((_HOPPER_TILE, (90,)), (_TILE, (80, 86, 89))):
+        compiled = compile_for_all(
+            _prefill_kernel,
+            dict.fromkeys(("data", "scales"), "*fp16" if bits == 16 else "*i32")
+            | dict.fromkeys(("block_tables", "table_rows", "query_starts", "context_lens"), "*i32")
+            | dict.fromkeys(("query", "out"), "*fp16")
+            | dict.fromkeys(("num_sequences", "num_blocks", "table_stride"), "i32")
+            | {"scale_log2": "fp32"},
+            {
+                "KV_HEADS": 8, "GROUP": 4, "GROUP_ROWS": 4, "HEAD_DIM": head_dim, "BLOCK_SIZE": 64, "BITS": bits,
+                "WINDOW": 0, "SEQUENCES": 16, "ROWS": 128, "TILE": options["TILE"], "DENSE": is_dense,
+                "COMPILED": True,
+            },
+            architectures=architectures, num_warps=_NUM_WARPS, num_stages=options["num_stages"],
+        )  # fmt: skip
+        for kernel in compiled.values():
+            assert_fits(kernel)
+
+
+@pytest.mark.parametrize(("bits", "head_dim"), [(4, 64), (4, 128), (8, 128)])
+def test_dequantizing_compiles_for_every_architecture(bits: int, head_dim: int) -> None:
+    compiled = compile_for_all(
+        _dequantize_kernel,
+        dict.fromkeys(("data", "scales", "block_tables", "table_rows", "context_lens"), "*i32")
+        | dict.fromkeys(("num_sequences", "num_blocks", "num_scratch_blocks", "table_stride"), "i32")
+        | {"scratch": "*fp16"},
+        {"KV_HEADS": 8, "HEAD_DIM": head_dim, "BLOCK_SIZE": 64, "BITS": bits, "SEQUENCES": 16},
+    )
+    for kernel in compiled.values():
+        assert_fits(kernel)
