@@ -48,7 +48,6 @@ __all__ = [
 # wgmma takes 64 rows of the left operand, so four warps, and at least 16 columns is what Triton gives it.
 _WGMMA_WARPS = 4
 _WGMMA_LEAST_COLUMNS = 16
-_LEAST_COLUMNS = 8  # of mma.sync
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_blocks", "num_splits"])
@@ -73,7 +72,6 @@ def _w4a16_kernel(  # type: ignore[no-untyped-def]
     PACKED_WIDTH: tl.constexpr,
     WIDTH: tl.constexpr,
     GROUPED_ROWS: tl.constexpr,
-    ONE_ROW: tl.constexpr,
     OPERATION: tl.constexpr,
     IS_ORDERED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -109,8 +107,7 @@ def _w4a16_kernel(  # type: ignore[no-untyped-def]
         scale_offsets = (record_of_row + 1024 + row % 64 * GROUPS)[:, None] + (word % 4 * GROUPS // 4)[None, :]
     m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     is_row = m < num_rows
-    x_inputs = x + input_order(PACKED_WIDTH, WIDTH)
-    x_rows = x_inputs[:, None] + m.to(tl.int64)[None, :] * x_stride
+    x_rows = x + m.to(tl.int64)[None, :] * x_stride + input_order(PACKED_WIDTH, WIDTH)[:, None]
 
     wait_for_previous_kernel(PDL)
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
@@ -118,10 +115,7 @@ def _w4a16_kernel(  # type: ignore[no-untyped-def]
         block_records = tile_records + block * RECORD
         words = tl.load(block_records + word_offsets)
         scale_words = tl.load(block_records + scale_offsets)
-        if ONE_ROW:  # fetched once and repeated in registers, not fetched with seven rows of nothing
-            right = tl.broadcast_to(tl.load(x_inputs + block * 128)[:, None], (128, BLOCK_M))
-        else:
-            right = tl.load(x_rows + block * 128, mask=is_row[None, :], other=0.0)
+        right = tl.load(x_rows + block * 128, mask=is_row[None, :], other=0.0)
         unpack_words = scale_words
         if GROUPS == 1:
             unpack_words = scale_words[:, None]
@@ -332,7 +326,6 @@ def launch_tile(
             PACKED_WIDTH=weight.fragment_width,
             WIDTH=2 if uses_wgmma else mma_sync_width(),
             GROUPED_ROWS=tile.grouped_rows,
-            ONE_ROW=num_rows == 1 and tile.block_m == _LEAST_COLUMNS,
             OPERATION=operation.value,
             IS_ORDERED=is_ordered,
             HAS_BIAS=bias is not None,

@@ -88,7 +88,7 @@ _HOPPER_BLOCKS: dict[int, AnyTile] = {
     8: Tile(block_n=128, block_m=8, num_warps=4, num_stages=3),
     16: Tile(block_n=128, block_m=16, num_warps=4, num_stages=3),
     32: HopperTile(block_m=32, num_groups=1, num_stages=4, programs_per_processor=4),
-    64: HopperTile(block_m=64, num_groups=2, num_stages=4, programs_per_processor=2, scales_after=False),
+    64: HopperTile(block_m=64, num_groups=1, num_stages=3, programs_per_processor=3),
     128: HopperTile(block_m=128, num_groups=2, num_stages=4, programs_per_processor=1, scales_after=False),
     512: HopperTile(block_m=128, num_groups=2, num_stages=4, programs_per_processor=1, scales_after=False),
     4096: HopperTile(block_m=256, num_groups=2, num_stages=3, programs_per_processor=1, scales_after=False),

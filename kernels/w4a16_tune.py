@@ -40,16 +40,6 @@ _COMPILERS = 12
 # What won anywhere in sweeps of 5 to 176 tiles a product on an H200, by rows up to which it is tried. More stages, more
 # warps and none of either never did. Tile: block_n, block_m, warps, stages, scales after the product.
 _BLOCKS: dict[int, tuple[tuple[int, int, int, int, bool], ...]] = {
-    1: (
-        (64, 8, 1, 3, True),
-        (64, 8, 1, 4, True),
-        (64, 8, 1, 6, True),
-        (64, 8, 2, 3, True),
-        (64, 8, 2, 4, True),
-        (64, 8, 2, 6, True),
-        (128, 8, 4, 3, True),
-        (128, 8, 4, 4, True),
-    ),
     8: ((64, 8, 1, 3, True), (64, 8, 1, 4, True), (64, 8, 2, 3, True), (64, 8, 2, 4, True), (128, 8, 4, 3, True)),
     16: ((128, 16, 4, 3, True), (128, 16, 4, 4, True), (64, 16, 2, 3, True), (64, 16, 4, 3, True)),
     32: ((128, 32, 4, 3, True), (128, 32, 4, 4, True), (64, 32, 4, 3, True)),
@@ -274,31 +264,25 @@ def random_weight(
 def _compile_all(products: list[Product], buckets: list[int]) -> None:
     """Fill Triton's cache of binaries from parallel processes; measuring then only loads them."""
     device = torch.device("cuda", torch.cuda.current_device())
-    kinds: dict[tuple[object, ...], tuple[Operation, AnyTile, int]] = {}
+    kinds: dict[tuple[object, ...], tuple[Operation, AnyTile]] = {}
     for product in products:
         for bucket in buckets:
             for tile in candidates(product, bucket, device):
                 if tile is not DEQUANTIZE:
                     is_split = tile.num_splits > 1
-                    kinds[(product.operation, is_split, bucket == 1, replace(tile, num_splits=1))] = (
-                        product.operation,
-                        tile,
-                        bucket,
-                    )
+                    kinds[(product.operation, is_split, replace(tile, num_splits=1))] = (product.operation, tile)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(_COMPILERS, max(1, len(kinds))), mp_context=context) as pool:
         for future in [pool.submit(compile_tile, *kind) for kind in kinds.values()]:
             future.exception()  # met again, and passed over, when the tile is measured
 
 
-def compile_tile(operation: Operation, tile: AnyTile, num_rows: int) -> None:
+def compile_tile(operation: Operation, tile: AnyTile) -> None:
     """Compile a tile's kernel by running it on the smallest weight that it fits."""
     device = torch.device("cuda", torch.cuda.current_device())
     product = Product(operation=operation, out_features=256, in_features=128 * max(2, tile.num_splits))
     weight, _ = random_weight(product, torch.float16, device)
-    x = torch.zeros(num_rows, product.in_features, dtype=torch.float16, device=device)
+    x = torch.zeros(1, product.in_features, dtype=torch.float16, device=device)
     columns = 128 if operation is Operation.SWIGLU else 256
-    out = torch.zeros(
-        num_rows, columns, dtype=torch.float32 if operation is Operation.ADD else torch.float16, device=device
-    )
+    out = torch.zeros(1, columns, dtype=torch.float32 if operation is Operation.ADD else torch.float16, device=device)
     launch_tile(operation, x, weight, out, Workspace(device, scratch_bytes=1 << 24), None, tile)
