@@ -21,6 +21,7 @@ from .generation import Planner
 from .metrics import ServerMetrics
 from .middleware import MIDDLEWARES, add_headers
 from .model import ServedModel
+from .output_rules import OutputRules
 from .routes import routes
 from .services import SERVICES, Lifecycle, Phase, Services
 
@@ -40,7 +41,9 @@ def build(engine: Engine, model: ServedModel, config: ServerConfig) -> web.Appli
         engine=engine,
         model=model,
         config=config,
-        planner=Planner(model=model, info=engine.info, executor=prompt_threads),
+        planner=Planner(
+            model=model, info=engine.info, executor=prompt_threads, outputs=OutputRules(model, engine.info)
+        ),
         keys=KeyRing(config.api_keys),
         metrics=ServerMetrics(),
         lifecycle=Lifecycle(),
@@ -99,6 +102,7 @@ async def _run_engine(app: web.Application) -> AsyncGenerator[None, None]:
     lag_task.cancel()
     await asyncio.gather(lag_task, return_exceptions=True)
     services.prompt_threads.shutdown(wait=False, cancel_futures=True)
+    services.planner.outputs.close()
 
 
 async def _stop_engine(app: web.Application) -> None:

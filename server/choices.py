@@ -22,6 +22,7 @@ from lmdserve.tools.api import (
     ToolFormat,
     ToolParser,
 )
+from lmdserve.tools.constraint import ReplyRules
 from lmdserve.tools.reasoning import ReasoningFormat
 
 from .text import IncrementalDecoder, StopStrings, Tokenizer
@@ -59,6 +60,7 @@ class ChoicePlan:
     ends_after_first_call: bool = False
     echo: str | None = None  # the prompt's text, given back before the answer
     is_echo_only: bool = False  # the prompt is all that is wanted; the token that the engine adds is dropped
+    rules: ReplyRules | None = None  # what the answer has to obey; the request's constraint is made of them
 
     def make_parser(self) -> ToolParser | None:
         """Return what reads the answer, or None where all of it is content."""

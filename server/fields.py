@@ -31,7 +31,7 @@ class Refused(NamedTuple):
     advice: str
 
 
-_GRAMMAR = Refused((), "constrained output is not supported yet; ask for the format in the prompt")
+_GRAMMAR = Refused((), "use response_format, regex, grammar or choice")
 _TEXT_ONLY = Refused((), "this server reads and writes text only")
 _USE_TOOLS = Refused((), "it is deprecated; use tools and tool_choice")
 _NO_SAMPLER = "this sampling method is not supported; leave it out"
@@ -49,10 +49,9 @@ REFUSED: Mapping[str, Refused] = {
     "suffix": Refused(("",), "inserting before a suffix is not supported"),
     # constrained output, by any of its names
     **dict.fromkeys(
-        ("guided_json", "guided_regex", "guided_choice", "guided_grammar", "guided_decoding_backend", "json_schema",
-         "structured_outputs", "structural_tag", "regex", "ebnf", "grammar", "stop_regex"),
-        _GRAMMAR,
+        ("guided_decoding_backend", "guided_whitespace_pattern", "json_schema", "structural_tag", "ebnf"), _GRAMMAR
     ),
+    "stop_regex": Refused((), "use stop"),
     # other samplers, at values that change something
     "use_beam_search": Refused((False,), _NO_SAMPLER),
     "length_penalty": Refused((1, 1.0), _NO_SAMPLER),
@@ -89,7 +88,6 @@ REFUSED: Mapping[str, Refused] = {
     "tools": Refused(([],), "use /v1/chat/completions"),
     "tool_choice": Refused(("none",), "use /v1/chat/completions"),
     "parallel_tool_calls": Refused((True,), "use /v1/chat/completions"),
-    "response_format": Refused(({"type": "text"},), "constrained output is not supported yet"),
     "chat_template_kwargs": Refused(({},), "use /v1/chat/completions"),
     "max_completion_tokens": Refused((), "use max_tokens"),
     "top_logprobs": Refused((0,), "use logprobs"),

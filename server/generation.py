@@ -4,21 +4,25 @@ Owns the defaults (request, then the model's generation_config.json, then OpenAI
 """
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from lmdserve.engine.api import EngineInfo, Request, SamplingParams
 from lmdserve.tools.api import ToolFormat
+from lmdserve.tools.call_grammar import function_names
 from lmdserve.tools.code_call import CODE_TOOL_NAME
+from lmdserve.tools.constraint import ReplyRules
 from lmdserve.tools.schema import ToolSchemaError, normalize_tools
 
 from .chat import ChatTemplateError, Prompt
 from .choices import ChoicePlan
 from .errors import BadRequestError, ModelNotFoundError, UnsupportedFieldError
 from .model import ServedModel
+from .output_rules import OutputRules, ToolOffer
 from .protocol import ChatRequest, CompletionRequest, SamplingFields
+from .tool_choice import ToolChoice, check_names, read_tool_choice
 
 INLINE_PROMPT_CHARS = 2000  # about 0.5 ms to render and tokenize; more goes to a thread, off the event loop
 MAX_SEED = 2**63
@@ -33,6 +37,7 @@ class Planner:
     model: ServedModel
     info: EngineInfo
     executor: Executor
+    outputs: OutputRules
 
     def check_model(self, name: str | None) -> None:
         """Raise ModelNotFoundError for a model that is not served; no name at all means the one that is."""
@@ -45,18 +50,26 @@ class Planner:
         """Return the n choices of a chat request."""
         self.check_model(request.model)
         tools = _tools(request)
+        choice = read_tool_choice(request.tool_choice)
+        check_names(choice, function_names(tools))
         tool_names = _tool_names(request, tools)
         tool_format = self._tool_format(tools) if tools else self.model.renderer.tool_format if tool_names else None
         prompt = await self._render(request, tools)
         turn_ends = frozenset() if request.ignore_eos else self.model.renderer.stop_token_ids
         room = max(1, self.info.session_len - len(prompt.token_ids))
         sampling = self._sampling(request, request.token_limit or room, request.num_logprobs, turn_ends)
+        rules = await self.outputs.plan(
+            request.wanted_output,
+            self._offer(request, choice, tools, tool_names),
+            can_reason=self.model.renderer.reasoning_format is not None,
+            opens_in_reasoning=prompt.opens_in_reasoning,
+        )
         plan = ChoicePlan(
             index=0,
             request=Request(
                 uid=uid,
                 prompt_token_ids=prompt.token_ids,
-                sampling=sampling,
+                sampling=self._ended_by_rules(sampling, rules),
                 deterministic=bool(request.deterministic),
             ),
             stops=request.stops,
@@ -65,6 +78,7 @@ class Planner:
             reasoning_format=self.model.renderer.reasoning_format,
             opens_in_reasoning=prompt.opens_in_reasoning,
             ends_after_first_call=request.parallel_tool_calls is False,
+            rules=rules,
         )
         return _choices(plan, uid, request.n or 1)
 
@@ -80,6 +94,8 @@ class Planner:
         """Return the choices of a completion request: n of the first prompt, then n of the second, ..."""
         self.check_model(request.model)
         sampling = self._sampling(request, max(1, request.token_limit), request.logprobs, frozenset())
+        rules = await self.outputs.plan(request.wanted_output, None, can_reason=False, opens_in_reasoning=False)
+        sampling = self._ended_by_rules(sampling, rules)
         num_choices = request.n or 1
         plans: list[ChoicePlan] = []
         for param, prompt in request.prompts():
@@ -97,6 +113,7 @@ class Planner:
                 stops=request.stops,
                 echo=echo,
                 is_echo_only=request.token_limit == 0,
+                rules=rules,
             )
             plans += _choices(plan, uid, num_choices)
         return plans
@@ -136,6 +153,30 @@ class Planner:
         if num_chars <= INLINE_PROMPT_CHARS:
             return work()
         return await asyncio.get_running_loop().run_in_executor(self.executor, work)
+
+    def _offer(
+        self,
+        request: ChatRequest,
+        choice: ToolChoice,
+        tools: Sequence[Mapping[str, Any]],
+        tool_names: Collection[str],
+    ) -> ToolOffer | None:
+        """Return the tools whose calls have to be held to their schemas."""
+        if not tools:
+            return None
+        return ToolOffer(
+            tools=tools,
+            choice=choice,
+            tool_format=self._tool_format(tools),
+            is_parallel=request.parallel_tool_calls is not False,
+            has_builtin=len(tool_names) > len(tools),
+        )
+
+    def _ended_by_rules(self, sampling: SamplingParams, rules: ReplyRules | None) -> SamplingParams:
+        """Let an answer that obeys a grammar end where that allows it, and only there."""
+        if rules is None or rules.answer is None:
+            return sampling
+        return replace(sampling, ignore_eos=False, stop_token_ids=sampling.stop_token_ids | self.outputs.end_ids)
 
     def _echo(self, prompt: str | list[int], prompt_token_ids: Sequence[int]) -> str:
         return prompt if isinstance(prompt, str) else self.model.tokenizer.decode(prompt_token_ids)
@@ -206,13 +247,6 @@ def _tools(request: ChatRequest) -> list[dict[str, Any]]:
         tools = normalize_tools(request.tools)
     except ToolSchemaError as error:
         raise BadRequestError(str(error), param=error.param) from error
-    for position, tool in enumerate(tools):
-        if tool.get("function", {}).get("strict"):
-            raise UnsupportedFieldError(
-                f"tools[{position}].function.strict would have to force the arguments into the schema, which this "
-                "server does not do yet; send strict: false, or leave it out, and check the arguments",
-                param=f"tools[{position}].function.strict",
-            )
     return [] if request.tool_choice == "none" else tools
 
 
@@ -245,6 +279,7 @@ def _choices(plan: ChoicePlan, uid: str, count: int) -> list[ChoicePlan]:
                 plan.request,
                 uid=f"{uid}-{plan.index + offset}",
                 sampling=_with_seed_offset(plan.request.sampling, offset),
+                constraint=None if plan.rules is None else plan.rules.new_constraint(),
             ),
         )
         for offset in range(count)

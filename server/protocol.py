@@ -4,13 +4,15 @@ Owns what a valid request is; `parsing.py` turns bytes into these records, `fiel
 here. The descriptions and limits below are also what /openapi.json shows.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, TypeAlias
 
 import orjson
 from msgspec import Meta, Struct
 
-from .errors import BadRequestError, UnsupportedFieldError
+from .errors import BadRequestError
+from .output_format import FORMAT_FIELDS, OutputFormat, output_format
+from .tool_choice import read_tool_choice
 
 MAX_CHOICES = 256  # prompts times n of one request, so that one request cannot fill the whole queue
 DEFAULT_COMPLETION_MAX_TOKENS = 16  # OpenAI's default for /v1/completions
@@ -100,6 +102,17 @@ class SamplingFields(Struct, frozen=True, kw_only=True):
         Annotated[bool, Meta(description="the same answer, bit by bit, whatever is computed beside it")] | None
     ) = None
     n: Annotated[int, Meta(ge=1, le=128)] | None = None
+    response_format: dict[str, Any] | None = None
+    regex: Annotated[str, Meta(description="the whole answer matches it; Rust's syntax, no look-around")] | None = None
+    grammar: Annotated[str, Meta(description="a Lark grammar of the answer")] | None = None
+    choice: Annotated[list[str], Meta(description="the answer is one of these")] | None = None
+    structured_outputs: Annotated[dict[str, Any], Meta(description="vLLM's: json, regex, choice or grammar")] | None = (
+        None
+    )
+    guided_json: str | bool | dict[str, Any] | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
@@ -116,6 +129,11 @@ class SamplingFields(Struct, frozen=True, kw_only=True):
     def wants_usage_always(self) -> bool:
         return self.stream_options is not None and bool(self.stream_options.continuous_usage_stats)
 
+    @property
+    def wanted_output(self) -> OutputFormat | None:
+        """What the answer has to be; None: any text. Raises BadRequestError."""
+        return output_format({name: getattr(self, name) for name in FORMAT_FIELDS})
+
     def check(self) -> None:
         """Raise BadRequestError where fields contradict each other or name values that no type can rule out."""
         for key in self.logit_bias or ():
@@ -124,6 +142,7 @@ class SamplingFields(Struct, frozen=True, kw_only=True):
                     f'logit_bias: its keys are token ids written as strings, such as "42"; got {key[:40]!r}',
                     param="logit_bias",
                 )
+        _ = self.wanted_output
         if self.stream_options is not None and not self.stream:
             raise BadRequestError("stream_options needs stream: true; set it or leave it out", param="stream_options")
         if None not in (self.min_tokens, self.min_new_tokens) and self.min_tokens != self.min_new_tokens:
@@ -143,7 +162,6 @@ class ChatRequest(SamplingFields, frozen=True, kw_only=True):
     tools: Annotated[list[dict[str, Any]], Meta(max_length=512)] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
-    response_format: dict[str, Any] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
@@ -160,8 +178,7 @@ class ChatRequest(SamplingFields, frozen=True, kw_only=True):
     def check(self) -> None:
         SamplingFields.check(self)
         _check_messages(self.messages)
-        _check_tool_choice(self.tool_choice)
-        _check_response_format(self.response_format)
+        read_tool_choice(self.tool_choice)
         if self.top_logprobs and not self.logprobs:
             raise BadRequestError("top_logprobs needs logprobs: true; set it or leave it out", param="top_logprobs")
         if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
@@ -245,32 +262,6 @@ def _check_messages(messages: Sequence[Message]) -> None:
                 f"messages[{position}]: reasoning and reasoning_content are two names of one field; send one",
                 param=f"messages[{position}].reasoning",
             )
-
-
-def _check_tool_choice(tool_choice: str | Mapping[str, Any] | None) -> None:
-    if tool_choice in (None, "auto", "none"):
-        return
-    kind = tool_choice if isinstance(tool_choice, str) else tool_choice.get("type")
-    if kind in ("required", "function", "allowed_tools", "custom"):
-        raise UnsupportedFieldError(
-            f"tool_choice {kind!r} would have to force the model's output, which this server does not do yet; "
-            'use "auto" or "none"',
-            param="tool_choice",
-        )
-    raise BadRequestError(f'tool_choice is "auto" or "none"; got {str(tool_choice)[:80]!r}', param="tool_choice")
-
-
-def _check_response_format(response_format: Mapping[str, Any] | None) -> None:
-    if response_format is None or response_format.get("type") == "text":
-        return
-    kind = response_format.get("type")
-    if kind in ("json_object", "json_schema", "regex_schema", "grammar", "structural_tag"):
-        raise UnsupportedFieldError(
-            f"response_format.type {kind!r} is not supported yet; leave response_format out and ask for the format "
-            "in the prompt",
-            param="response_format.type",
-        )
-    raise BadRequestError(f'response_format.type must be "text"; got {str(kind)[:80]!r}', param="response_format.type")
 
 
 def _check_prompt_kinds(prompt: str | Sequence[str | int | list[int]]) -> None:

@@ -9,7 +9,7 @@ socket a token costs 19 us of CPU with 64 streams and 12 us with 256, most of it
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 
 from aiohttp import web
 from aiohttp.abc import AbstractStreamWriter
@@ -95,12 +95,14 @@ async def stream_reply(
     *,
     keep_alive_interval_s: float,
     describe_error: Callable[[Exception], ApiError],
+    headers: Mapping[str, str],
 ) -> web.StreamResponse:
     """Write all updates as events. An error before the first byte is raised; a later one becomes the error event.
 
     `describe_error` turns any exception into what the client is told.
     """
     async with EventStream(request, keep_alive_interval_s) as stream:
+        stream.response.headers.update(headers)
         try:
             async for batch in updates:
                 await stream.send(reply_format.chunks(batch))

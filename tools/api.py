@@ -16,6 +16,8 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, Self, TypeAlias
 
+from .call_syntax import CallSyntax
+
 
 class ControlToken(str):
     """The text of a control token that the model emitted by id: `ControlToken("<|im_end|>", 92542)`."""
@@ -119,6 +121,10 @@ class ToolFormat(Protocol):
     @property
     def takes_code(self) -> bool:
         """Whether the tool `{"type": "code_interpreter"}` can be offered."""
+
+    @property
+    def call_syntax(self) -> CallSyntax:
+        """How the format's template writes calls, for replies that are held to it."""
 
     def template_variables(self, tools: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Return the variables through which a template offers these tools."""

@@ -43,8 +43,8 @@ class ReplyRules:
 
     `answer` is what the reply is made of, from its first token behind reasoning on; None: free text. `calls` is what
     follows a token of `openers`, to the end of the reply. `calls_open_with_bracket`: so does, in place of free text, a
-    reply that begins with a bracket. `think_ids` are the tokens around reasoning, `opens_in_reasoning` says that the
-    prompt ends behind the first one.
+    reply that begins with a bracket, and so does what comes behind a token of `guards`. `think_ids` are the tokens
+    around reasoning, `opens_in_reasoning` says that the prompt ends behind the first one.
     """
 
     sets: TokenSets
@@ -52,6 +52,7 @@ class ReplyRules:
     calls: Grammar | None = None
     openers: frozenset[int] = frozenset()
     calls_open_with_bracket: bool = False
+    guards: frozenset[int] = frozenset()
     think_ids: tuple[int, int] | None = None
     opens_in_reasoning: bool = False
     drops_first_space: bool = False  # a reader does not see a space that the reply begins with
@@ -107,6 +108,8 @@ class ReplyConstraint:
             self._accept_in_grammar(token_id)
         elif rules.calls is not None and token_id in rules.openers:
             self._enter(rules.calls)
+        elif token_id in rules.guards:
+            self._stage = _Stage.START
         elif self._stage is _Stage.REASONING:
             if rules.think_ids is not None and token_id == rules.think_ids[1]:
                 self._stage, self._may_be_blank = _Stage.START, True
@@ -118,7 +121,10 @@ class ReplyConstraint:
         if self._stage is _Stage.GRAMMAR:
             return self._grammar_bits(self._current_matcher())
         if self._stage is _Stage.REASONING:
-            return None if rules.answer is None else sets.all & ~sets.ends  # an answer has to follow
+            if rules.answer is None:
+                return None
+            barred = sets.ends if rules.calls is not None else sets.ends | bits_of(rules.openers)
+            return sets.all & ~barred  # an answer has to follow, and an opener would end the reasoning
         if self._stage is not _Stage.START:
             return None
         if rules.answer is None:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
-MAX_SOURCE_CHARS = 256 * 1024  # of one grammar, schemas of its tools included; 2000 properties are 150 KiB
+MAX_SOURCE_CHARS = 512 * 1024  # of one grammar, schemas of its tools included; 2000 properties are 150 KiB
 MAX_NESTING = 64
 MAX_CACHED = 128  # compiled grammars; each holds its source, and a matcher of about 10 times that
 # Half to a twentieth of llguidance's defaults: with these the costliest mask found for a hostile regex took 70 ms (then

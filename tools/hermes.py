@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from .block_parser import BlockParser, CallBlock, Mark
+from .call_syntax import CallSyntax
 from .hermes_template import CHAT_TEMPLATE
 from .json_block import JsonBlock
 
@@ -31,6 +32,13 @@ class HermesFormat:
 
     name: ClassVar[str] = "hermes"
     takes_code: ClassVar[bool] = False
+    call_syntax: ClassVar[CallSyntax] = CallSyntax(
+        opener="<tool_call>",
+        before_name='\n{"name": ',
+        after_name=', "arguments": ',
+        after_arguments="}\n</tool_call>",
+        separator="\n",
+    )
     control_tokens: frozenset[str] = TAGS | {"<|im_end|>"}
     chat_template: str | None = CHAT_TEMPLATE
 

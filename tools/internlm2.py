@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from .block_parser import BlockParser, CallBlock, Mark
+from .call_syntax import CallSyntax
 from .code_call import CODE_TOOL_NAME, CodeCall
 from .internlm2_template import CHAT_TEMPLATE
 from .json_block import JsonBlock
@@ -44,6 +45,14 @@ class InternLM2Format:
     )
     call_openers: ClassVar[frozenset[str]] = frozenset({"<|action_start|>"})
     takes_code: ClassVar[bool] = True
+    call_syntax: ClassVar[CallSyntax] = CallSyntax(
+        opener="<|action_start|>",
+        before_name='<|plugin|>\n{"name": ',
+        after_name=', "parameters": ',
+        after_arguments="}<|action_end|>",
+        before_code="<|interpreter|>\n",
+        after_code="<|action_end|>",
+    )
     name: ClassVar[str] = "internlm2"
     chat_template: str | None = CHAT_TEMPLATE
 

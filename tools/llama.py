@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from .block_parser import BlockParser, CallBlock, Mark
+from .call_syntax import CallSyntax
 from .code_call import CODE_TOOL_NAME
 from .json_block import JsonBlock
 from .json_call import CALL_KEYS, CallRules
@@ -31,6 +32,13 @@ class LlamaFormat:
 
     name: ClassVar[str] = "llama3"
     takes_code: ClassVar[bool] = True
+    call_syntax: ClassVar[CallSyntax] = CallSyntax(
+        before_name='{"name": ',
+        after_name=', "parameters": ',
+        after_arguments="}",
+        separator="; ",
+        code_opener="<|python_tag|>",
+    )
     control_tokens: ClassVar[frozenset[str]] = REQUIRED_TOKENS
     call_openers: ClassVar[frozenset[str]] = frozenset({"<|python_tag|>"})
     chat_template: str | None = CHAT_TEMPLATE

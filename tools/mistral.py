@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 
 from .api import Event, ToolCallArguments, ToolCallEnd, ToolCallStart
 from .block_parser import BlockParser, CallBlock, Mark
+from .call_syntax import CallSyntax
 from .json_block import JsonBlock
 from .json_call import CallRules
 from .json_scanner import JsonScanner, ScanState, skip_whitespace
@@ -48,6 +49,23 @@ class MistralFormat:
     call_openers: ClassVar[frozenset[str]] = frozenset({"[TOOL_CALLS]"})
     control_tokens: frozenset[str] = frozenset(_MARKS)
     chat_template: str | None = CHAT_TEMPLATE
+
+    @property
+    def call_syntax(self) -> CallSyntax:
+        """The newer form where its tokens are there, else the list."""
+        if _ARGS in self.control_tokens:
+            return CallSyntax(opener="[TOOL_CALLS]", after_name=_ARGS, quotes_name=False)
+        return CallSyntax(
+            opener="[TOOL_CALLS]",
+            list_begin="[",
+            before_name='{"name": ',
+            after_name=', "arguments": ',
+            may_have_id=True,
+            after_arguments="}",
+            separator=", ",
+            repeats_opener=False,
+            list_end="]",
+        )
 
     @classmethod
     def for_tokens(cls, control_tokens: Collection[str], *, chat_template: str | None) -> "MistralFormat":

@@ -99,11 +99,23 @@ async def _reply(
                 reply_format,
                 keep_alive_interval_s=services.config.keep_alive_interval,
                 describe_error=partial(_describe_late_error, request),
+                headers=_grammar_headers(plans),
             )
         updates: list[ChoiceUpdate] = []
         async for batch in batches:
             updates += batch
-    return web.Response(body=reply_format.whole(updates), content_type="application/json")
+    return web.Response(
+        body=reply_format.whole(updates), content_type="application/json", headers=_grammar_headers(plans)
+    )
+
+
+def _grammar_headers(plans: Sequence[ChoicePlan]) -> dict[str, str]:
+    """Say how far the answer is held to the schemas: to every keyword, or to all but some."""
+    rules = plans[0].rules
+    if rules is None:
+        return {}
+    unenforced = rules.unenforced
+    return {"x-lmdserve-grammar": f"lenient ({', '.join(unenforced)})" if unenforced else "strict"}
 
 
 def _describe_late_error(request: web.Request, error: Exception) -> ApiError:

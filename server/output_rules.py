@@ -1,0 +1,202 @@
+"""From a request's output format and tools to the rules that its answers obey, compiled off the event loop.
+
+Owns the compiler of the served model and what is refused because it cannot be enforced. The request's fields are read
+in `output_format.py` and `tool_choice.py`.
+"""
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+from lmdserve.engine.api import EngineInfo
+from lmdserve.tools.api import ToolFormat
+from lmdserve.tools.call_grammar import CallGrammar, function_names
+from lmdserve.tools.code_call import CODE_TOOL_NAME
+from lmdserve.tools.constraint import ReplyRules, TokenSets
+from lmdserve.tools.grammar import Grammar, GrammarCompiler, GrammarError, GrammarSource, Vocabulary
+from lmdserve.tools.reasoning import END, START
+
+from .errors import BadRequestError, UnsupportedFieldError
+from .model import ServedModel
+from .output_format import OutputFormat
+from .tool_choice import ToolChoice
+
+NUM_THREADS = 2
+COMPILE_LIMIT_S = 20.0  # the limits in `tools/grammar.py` keep compiling below one second; this is for what they miss
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ToolOffer:
+    """The tools of a request and how they may be called."""
+
+    tools: Sequence[Mapping[str, Any]]  # normalized, in the request's order
+    choice: ToolChoice
+    tool_format: ToolFormat
+    is_parallel: bool
+    has_builtin: bool  # tools that the model knows by name are offered too
+
+    @property
+    def callable_tools(self) -> list[Mapping[str, Any]]:
+        """The tools that may be called."""
+        names = self.choice.names
+        return [
+            tool
+            for tool, name in zip(self.tools, function_names(self.tools), strict=True)
+            if names is None or name in names
+        ]
+
+
+class OutputRules:
+    """Makes the rules for one model's answers. `close` ends its threads."""
+
+    def __init__(self, model: ServedModel, info: EngineInfo) -> None:
+        self._model = model
+        self._info = info
+        self._threads = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="lmdserve-grammar")
+
+    @cached_property
+    def end_ids(self) -> frozenset[int]:
+        """The tokens that may end a constrained answer."""
+        tokenizer = self._model.tokenizer
+        ends = self._info.eos_token_ids | tokenizer.eos_token_ids | self._model.renderer.stop_token_ids
+        return frozenset(token_id for token_id in ends if 0 <= token_id < self._info.vocab_size)
+
+    @cached_property
+    def _sets(self) -> TokenSets:
+        return TokenSets(self._compiler.vocabulary)
+
+    @cached_property
+    def _control_ids(self) -> dict[str, int]:
+        """The control tokens that the model can generate."""
+        known = self._model.tokenizer.control_tokens
+        return {text: token_id for text, token_id in known.items() if token_id < self._info.vocab_size}
+
+    @cached_property
+    def _compiler(self) -> GrammarCompiler:
+        tokenizer, size = self._model.tokenizer, self._info.vocab_size
+        return GrammarCompiler(
+            Vocabulary(
+                token_bytes=[tokenizer.token_bytes(token_id) for token_id in range(size)],
+                control_ids=self.end_ids.union(self._control_ids.values()),
+                end_ids=tuple(sorted(self.end_ids)),
+            )
+        )
+
+    async def plan(
+        self, wanted: OutputFormat | None, offer: ToolOffer | None, *, can_reason: bool, opens_in_reasoning: bool
+    ) -> ReplyRules | None:
+        """Return the rules of an answer, None where any text will do; raise BadRequestError."""
+        if wanted is None and offer is None:
+            return None
+        await asyncio.get_running_loop().run_in_executor(self._threads, lambda: self._sets)  # 0.2 s, the first time
+        must_answer = wanted is not None or (offer is not None and offer.choice.is_required)
+        think_ids = self._think_ids(is_needed=must_answer) if can_reason else None
+        rules: ReplyRules | None = None
+        if offer is not None:
+            rules = await self._rules_for_calls(offer, has_format=wanted is not None)
+        if wanted is not None:
+            answer = await self._compile(wanted.param, wanted.make_source)
+            rules = replace(rules, answer=answer) if rules else ReplyRules(sets=self._sets, answer=answer)
+        if rules is None:
+            return None
+        return replace(
+            rules,
+            think_ids=think_ids,
+            opens_in_reasoning=opens_in_reasoning and think_ids is not None,
+            drops_first_space=self._model.tokenizer.strips_leading_space,
+        )
+
+    def close(self) -> None:
+        """End the threads; what they compile is not waited for."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    def _think_ids(self, *, is_needed: bool) -> tuple[int, int] | None:
+        ids = self._control_ids
+        if START in ids and END in ids:
+            return ids[START], ids[END]
+        if is_needed:
+            raise UnsupportedFieldError(
+                "this model's reasoning has no tokens of its own around it, so what follows it cannot be constrained; "
+                "leave the format and the forced tools out",
+                param="response_format",
+            )
+        return None
+
+    async def _rules_for_calls(self, offer: ToolOffer, *, has_format: bool) -> ReplyRules | None:
+        syntax, ids = offer.tool_format.call_syntax, self._control_ids
+        tools = offer.callable_tools
+        is_parallel = offer.is_parallel and not offer.choice.is_single
+        grammar = CallGrammar(syntax=syntax, tools=tools, control_ids=ids, is_parallel=is_parallel)
+        if offer.choice.is_required:
+            if has_format:
+                raise BadRequestError(
+                    "response_format says what the answer has to be, and tool_choice that it is a call; send one",
+                    param="tool_choice",
+                )
+            openers = frozenset(ids[text] for text in offer.tool_format.call_openers if text in ids)
+            calls = await self._compile_calls(offer, grammar, has_opener=True)
+            return ReplyRules(sets=self._sets, answer=calls, openers=openers)
+        opener = ids.get(syntax.opener)
+        if syntax.opener and opener is None:
+            self._refuse_unenforceable(offer, has_format=has_format)
+            return None
+        has_code = offer.has_builtin or any(tool["type"] == CODE_TOOL_NAME for tool in tools)
+        if not syntax.opener and has_format:
+            raise UnsupportedFieldError(
+                "response_format beside tools is not possible with this model, whose calls are JSON as well; "
+                'send one of them, or tool_choice: "none"',
+                param="response_format",
+            )
+        if not syntax.opener and all(tool["type"] == CODE_TOOL_NAME for tool in tools):
+            return None  # nothing of its calls has a schema
+        calls = await self._compile_calls(offer, grammar, has_opener=False)
+        code_opener = ids.get(syntax.code_opener)
+        side = frozenset() if code_opener is None else frozenset({code_opener})
+        return ReplyRules(
+            sets=self._sets,
+            calls=calls,
+            openers=frozenset({opener}) if opener is not None else frozenset() if has_code else side,
+            guards=side if has_code else frozenset(),
+            calls_open_with_bracket=not syntax.opener,
+        )
+
+    def _refuse_unenforceable(self, offer: ToolOffer, *, has_format: bool) -> None:
+        """Refuse what needs to know where a call begins, for a model that spells the beginning as text."""
+        strict = any(tool.get("function", {}).get("strict") for tool in offer.tools)
+        if strict or has_format or offer.choice.names is not None:
+            what = "strict tools" if strict else "response_format beside tools" if has_format else "allowed_tools"
+            raise UnsupportedFieldError(
+                f'{what} cannot be enforced under tool_choice "auto" with this model, whose calls begin with no token '
+                'of their own; use tool_choice "required" or a named function',
+                param="tools",
+            )
+
+    async def _compile_calls(self, offer: ToolOffer, grammar: CallGrammar, *, has_opener: bool) -> Grammar:
+        try:
+            return await self._compile("tools", lambda: grammar.source(has_opener=has_opener))
+        except BadRequestError:
+            for position, tool in enumerate(offer.tools):  # name the tool at fault
+                if tool in grammar.tools:
+                    alone = replace(grammar, tools=[tool])
+                    param = f"tools[{position}]"
+                    await self._compile(param, lambda alone=alone: alone.source(has_opener=True))  # type: ignore[misc]
+            raise
+
+    async def _compile(self, param: str, make_source: Callable[[], GrammarSource]) -> Grammar:
+        def work() -> Grammar:
+            return self._compiler.compile(make_source())
+
+        try:
+            future = asyncio.get_running_loop().run_in_executor(self._threads, work)
+            return await asyncio.wait_for(future, COMPILE_LIMIT_S)
+        except GrammarError as error:
+            raise BadRequestError(f"{param}: {error}", param=param) from error
+        except TimeoutError as error:
+            raise BadRequestError(
+                f"{param}: it took longer than {COMPILE_LIMIT_S:g} s to compile; simplify it", param=param
+            ) from error
+        except RecursionError as error:
+            raise BadRequestError(f"{param}: it is nested too deeply; flatten it", param=param) from error

@@ -1,0 +1,85 @@
+"""The grammar of tool calls: what a format writes around a call, and the schemas of the tools that may be called.
+
+Owns the way from tools to a grammar's source. The text around a call is each format's (`call_syntax`), byte for byte
+what its template renders; what a schema's grammar looks like is `grammar.py`'s.
+"""
+
+import json
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .call_syntax import CallSyntax
+from .code_call import CODE_TOOL_NAME
+from .grammar import GrammarError, GrammarSource, lark_text, schema_terms
+
+_PLAIN_NAME = re.compile(r"[\w.-]+")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CallGrammar:
+    """The grammar of a reply's calls, to be written with or without the opener of the first one."""
+
+    syntax: CallSyntax
+    tools: Sequence[Mapping[str, Any]]  # as `normalize_tools` returns them: those that may be called
+    control_ids: Mapping[str, int]
+    is_parallel: bool = True
+
+    def source(self, *, has_opener: bool) -> GrammarSource:
+        """Return the source; raise GrammarError for a tool that cannot be called in this format."""
+        syntax = self.syntax
+        first = self._literal(syntax.opener if has_opener else "")
+        again = self._literal(syntax.separator + (syntax.opener if syntax.repeats_opener else ""))
+        more = f"({again} call)*" if self.is_parallel else ""
+        start = f"start: {first} {self._literal(syntax.list_begin)} call {more} {self._literal(syntax.list_end)}\n"
+        has_code = any(tool["type"] == CODE_TOOL_NAME for tool in self.tools)
+        if has_code and syntax.code_opener and has_opener:
+            code = f"{self._literal(syntax.code_opener)} CODE\n"
+            start = f"{start.rstrip()} | {code}" if self._functions() else f"start: {code}"
+        names = [f"call_{index}" for index, _ in enumerate(self._functions())]
+        if has_code and syntax.before_code is not None:
+            names.append("code")
+        rules = [start + (f"call: {' | '.join(names)}\n" if names else "")]
+        if "code" in names:
+            rules.append(f"code: {self._literal(syntax.before_code or '')} CODE {self._literal(syntax.after_code)}\n")
+        if has_code:
+            rules.append("CODE: /[^\\s{\\[`](?s:.*)/ | /```python\\n[^\\s`][^`]*\\n```/\n")
+        calls = [self._call(index, function) for index, function in enumerate(self._functions())]
+        strict = "".join([*rules, *(call[0] for call in calls)])
+        lenient = "".join([*rules, *(call[1] for call in calls)])
+        return GrammarSource(strict, None if lenient == strict else lenient)
+
+    def _functions(self) -> list[Mapping[str, Any]]:
+        return [tool["function"] for tool in self.tools if tool["type"] != CODE_TOOL_NAME]
+
+    def _call(self, index: int, function: Mapping[str, Any]) -> tuple[str, str]:
+        syntax, name = self.syntax, function["name"]
+        if not syntax.quotes_name and not _PLAIN_NAME.fullmatch(name):
+            raise GrammarError(
+                f"the name {name[:80]!r} cannot be written in this model's calls; use letters, digits, _"
+            )
+        shown = json.dumps(name, ensure_ascii=False) if syntax.quotes_name else name
+        strict, lenient = schema_terms(function["parameters"], must_be_strict=function.get("strict") is True)
+        before = self._literal(syntax.before_name + shown + syntax.after_name)
+        after = self._literal(syntax.after_arguments)
+        if syntax.may_have_id:
+            after = f'({lark_text(", ")} "\\"id\\": \\"" /[a-zA-Z0-9]{{9}}/ "\\"")? {after}'
+
+        def rule(schema: str) -> str:
+            return f"call_{index}: {before} arguments_{index} {after}\narguments_{index}: {schema}\n"
+
+        return rule(strict), rule(lenient or strict)
+
+    def _literal(self, text: str) -> str:
+        """Return a text as Lark's, with its control tokens as tokens."""
+        pattern = "|".join(re.escape(token) for token in sorted(self.control_ids, key=len, reverse=True))
+        parts = re.split(f"({pattern})", text) if pattern else [text]
+        return " ".join(
+            f"<[{self.control_ids[part]}]>" if part in self.control_ids else lark_text(part) for part in parts if part
+        )
+
+
+def function_names(tools: Collection[Mapping[str, Any]]) -> list[str]:
+    """Return what each tool is called by."""
+    return [tool["function"]["name"] if tool["type"] != CODE_TOOL_NAME else CODE_TOOL_NAME for tool in tools]
