@@ -55,7 +55,7 @@ class _EditedRow(NamedTuple):
 class DeviceSampler:
     """Samples on one device; all calls are enqueued on the current stream, in the order of the steps.
 
-    Memory on the device: about 30 KiB for each row of the largest step, and 4 bytes * vocab_size for each slot that
+    Memory on the device: about 64 KiB for each row of the largest step, and 4 bytes * vocab_size for each slot that
     has penalties at the same time, allocated when the first such request comes and doubled as needed.
     """
 

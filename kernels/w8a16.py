@@ -3,7 +3,7 @@
 y = scale * (x q^T), q = round(w / scale) with scale = max |w| / 127 for each output (symmetric round-to-nearest). Few
 rows are bound by reading q, so every program reads one contiguous run of it, several tiles long, through a pipeline of
 asynchronous copies, and turns it into 16-bit numbers on the way to the tensor cores. Many rows are bound by arithmetic:
-parts of the weight are then written out in 16 bits, small enough to stay in the L2 cache, and left to cuBLAS.
+the weight is then written out in 16 bits, a part at a time, and left to cuBLAS.
 """
 
 from dataclasses import dataclass
@@ -15,8 +15,10 @@ import triton.language as tl
 
 from .launch import is_interpreted, launch_options, release_next_kernel, wait_for_previous_kernel
 
+# On an H200, 92544 x 4096, the fused product took 90 us for 1 row, 98 for 16, 141 for 32 and 256 for 64; in parts of
+# 2048, 4096, 8192 and 16384 rows it took 628, 495, 514 and 507 us for 64 rows, and 847, 628, 598 and 565 for 256.
+# cuBLAS with the 16-bit weight took 182, 188, 193 (64 rows) and 280 (256 rows).
 MOST_FUSED_ROWS = 64
-# Rows of the weight that the other path writes out at once: 32 MiB of 4096 columns, of the 50 MiB of an H100's L2.
 DEQUANTIZED_ROWS = 4096
 _QUANTIZED_ROWS = 8192  # at once, so that quantizing a head takes 128 MiB beside it
 _LARGEST_CODE = 127
