@@ -167,6 +167,7 @@ class CudaRunner:
                 context_lens=tensors[6],
                 max_query_len=inputs.max_query_len,
                 max_context_len=max(inputs.prefill_context_lens),
+                total_context_len=sum(inputs.prefill_context_lens),
             )
         step = FusedStep(
             token_ids=tensors[0],

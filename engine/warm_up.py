@@ -92,6 +92,7 @@ def _step(
             context_lens=ints(num_seqs),
             max_query_len=max_query_len,
             max_context_len=max_query_len,
+            total_context_len=max_query_len * num_seqs,
         )
     num_tokens = num_decode_rows + num_prefill_tokens
     return FusedStep(

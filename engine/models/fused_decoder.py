@@ -36,6 +36,7 @@ class PrefillRows:
     context_lens: torch.Tensor  # [num_seqs], tokens in the cache once this step has appended
     max_query_len: int
     max_context_len: int
+    total_context_len: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -234,6 +235,7 @@ class FusedDecoder:
             memory.attention,
             max_query_len=prefill.max_query_len,
             max_context_len=prefill.max_context_len,
+            max_total_context_len=prefill.total_context_len,
             bits=kv_cache.bits,
             softmax_scale=self._softmax_scale,
             sliding_window=self.config.sliding_window,

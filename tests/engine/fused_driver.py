@@ -175,6 +175,7 @@ class FusedDriver:
             context_lens=self._ints([sequence.num_tokens for sequence in sequences]),
             max_query_len=max(lengths),
             max_context_len=max(sequence.num_tokens for sequence in sequences),
+            total_context_len=sum(sequence.num_tokens for sequence in sequences),
         )
 
     def _ints(self, values: Sequence[int]) -> torch.Tensor:
