@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 import torch
 
-# Programs that a decode launch aims at for each processor: as many, of four warps, as are resident at once. Long rows
+# Programs that a decode launch aims at for each processor: as many, of two warps, as are resident at once. Long rows
 # are cut until about that many have work.
-_PROGRAMS_PER_PROCESSOR = 3
+_PROGRAMS_PER_PROCESSOR = 6
 # What the interpreter, which has no processors, splits contexts for.
 _INTERPRETED_PROCESSORS = 1
 DEFAULT_SCRATCH_BYTES = 256 << 20

@@ -39,7 +39,13 @@ from .attention_heads import load_rotated, rotated, store_rows, unpack_scales
 from .attention_parts import find_part
 from .attention_workspace import AttentionWorkspace
 from .kv_cache import check_sizes, kv_words
-from .launch import is_interpreted, launch_options, release_next_kernel, wait_for_previous_kernel
+from .launch import (
+    has_programmatic_launch,
+    is_interpreted,
+    launch_options,
+    release_next_kernel,
+    wait_for_previous_kernel,
+)
 
 # Columns of the products, one a query head. Tokens and elements are the rows (swapped operands), so that a group's few
 # heads fill the narrow side of mma.m16n8k16 and not its 16 rows.
@@ -48,10 +54,13 @@ _HEAD_COLUMNS = 8
 _REDUCED_AT_ONCE = 8
 # By the cache's bits: tokens a tile, tiles (one a warp) that a program takes at a time, and how many such times are in
 # flight. Each warp has a tile to itself, so that nothing but the end of a part is exchanged between warps: with four
-# warps on one tile of 64 tokens, 64 rows of 4096 tokens took 290 us on an H200 at 4 bits, so they take 109.
-_TILE_TOKENS = {4: 32, 8: 32, 16: 16}
-_NUM_WARPS = {4: 4, 8: 4, 16: 4}
-_NUM_STAGES = {4: 3, 8: 2, 16: 3}
+# warps on one tile of 64 tokens, 64 rows of 4096 tokens took 290 us on an H200 at 4 bits. Two warps with a tile each
+# take 84 to 108 us, four take 109; 256 rows of 1024 tokens take 94 and 132 us.
+_TILE_TOKENS = {4: 64, 8: 64, 16: 32}
+_NUM_WARPS = {4: 2, 8: 2, 16: 2}
+_NUM_STAGES = {4: 2, 8: 2, 16: 2}
+# Before Hopper, tiles of half the size: larger ones spill registers.
+_OLDER_TILE_TOKENS = {4: 32, 8: 32, 16: 16}
 # The cache's word of a place that is not there: scale one, minimum zero.
 _NEUTRAL_SCALES = tl.constexpr(0x3F80)
 
@@ -347,6 +356,7 @@ def decode_attention(
     if num_rows > workspace.max_rows or workspace.num_heads != num_heads or workspace.head_dim != head_dim:
         raise ValueError(f"the workspace was allocated for {workspace.max_rows} rows of another shape; got {num_rows}")
     data, scales = kv_words(kv_data, kv_scales)
+    tile_tokens = (_TILE_TOKENS if has_programmatic_launch(qkv.device) else _OLDER_TILE_TOKENS)[bits]
     _decode_kernel[(num_kv_heads, num_rows + workspace.num_splits)](
         qkv,
         cosines,
@@ -376,7 +386,7 @@ def decode_attention(
         BITS=bits,
         WINDOW=sliding_window or 0,
         ROWS=1 if num_rows == 1 else max(16, triton.next_power_of_2(num_rows)),
-        TILE=min(_TILE_TOKENS[bits], block_size),
+        TILE=min(tile_tokens, block_size),
         TILES=_NUM_WARPS[bits],
         COLUMNS=_HEAD_COLUMNS,
         PARTS=_REDUCED_AT_ONCE,

@@ -133,8 +133,8 @@ def _attend(  # type: ignore[no-untyped-def]
     offsets = tl.arange(0, TILE)
     if TILE > BLOCK_SIZE:
         offsets %= BLOCK_SIZE
-    else:
-        first_place += start % BLOCK_SIZE
+    elif TILE < BLOCK_SIZE:
+        first_place += start & (BLOCK_SIZE - 1)
     keys = _load_tile(data, scales, first_place, offsets, is_inside, HEAD_DIM, BITS, MASKED, query.dtype)
     scores = multiply(query, keys.T, tl.zeros((ROWS, TILE), tl.float32), COMPILED)
     if MASKED:

@@ -10,8 +10,14 @@ from offline_compile import assert_fits, compile_for_all
 
 from lmdserve.kernels import layout, reference
 from lmdserve.kernels.attention_workspace import AttentionWorkspace
-from lmdserve.kernels.paged_attention import _NUM_STAGES, _NUM_WARPS, _TILE_TOKENS, _decode_kernel, decode_attention
-
+from lmdserve.kernels.paged_attention import (
+    _NUM_STAGES,
+    _NUM_WARPS,
+    _OLDER_TILE_TOKENS,
+    _TILE_TOKENS,
+    _decode_kernel,
+    decode_attention,
+)
 EPS = 1e-6
 # Queries, weights and the output are rounded to 16 bits (to float16 inside, when the cache is quantized).
 TOLERANCE = {torch.float16: 4e-3, torch.bfloat16: 2.5e-2}
@@ -208,21 +214,23 @@ def test_sizes_without_a_kernel_are_refused(device: torch.device) -> None:
 
 @pytest.mark.parametrize(("bits", "head_dim", "num_rows"), [(4, 128, 1), (4, 64, 64), (8, 128, 64), (16, 128, 64)])
 def test_it_compiles_for_every_architecture(bits: int, head_dim: int, num_rows: int) -> None:
-    compiled = compile_for_all(
-        _decode_kernel,
-        dict.fromkeys(("data", "scales"), "*fp16" if bits == 16 else "*i32")
-        | dict.fromkeys(("block_tables", "table_rows", "context_lens", "counters"), "*i32")
-        | dict.fromkeys(("qkv", "cosines", "sines", "partial_outputs", "partial_weights"), "*fp32")
-        | dict.fromkeys(("q_norm", "k_norm", "out"), "*fp16")
-        | dict.fromkeys(("num_rows", "num_splits", "num_blocks", "table_stride"), "i32")
-        | {"qkv_stride": "i32:16", "softmax_scale_log2": "fp32", "norm_eps": "fp32"},
-        {
-            "KV_HEADS": 8, "GROUP": 4, "HEAD_DIM": head_dim, "BLOCK_SIZE": 64, "BITS": bits, "WINDOW": 0,
-            "ROWS": num_rows, "TILES": _NUM_WARPS[bits], "TILE": _TILE_TOKENS[bits], "COLUMNS": 8, "PARTS": 8,
-            "APPENDS": True, "HAS_NORM": False, "ASSEMBLY": True,
-        },
-        num_warps=_NUM_WARPS[bits],
-        num_stages=_NUM_STAGES[bits],
-    )  # fmt: skip
-    for kernel in compiled.values():
-        assert_fits(kernel)
+    for tile_tokens, architectures in ((_TILE_TOKENS[bits], (90,)), (_OLDER_TILE_TOKENS[bits], (80, 86, 89))):
+        compiled = compile_for_all(
+            _decode_kernel,
+            dict.fromkeys(("data", "scales"), "*fp16" if bits == 16 else "*i32")
+            | dict.fromkeys(("block_tables", "table_rows", "context_lens", "counters"), "*i32")
+            | dict.fromkeys(("qkv", "cosines", "sines", "partial_outputs", "partial_weights"), "*fp32")
+            | dict.fromkeys(("q_norm", "k_norm", "out"), "*fp16")
+            | dict.fromkeys(("num_rows", "num_splits", "num_blocks", "table_stride"), "i32")
+            | {"qkv_stride": "i32:16", "softmax_scale_log2": "fp32", "norm_eps": "fp32"},
+            {
+                "KV_HEADS": 8, "GROUP": 4, "HEAD_DIM": head_dim, "BLOCK_SIZE": 64, "BITS": bits, "WINDOW": 0,
+                "ROWS": num_rows, "TILES": _NUM_WARPS[bits], "TILE": tile_tokens, "COLUMNS": 8, "PARTS": 8,
+                "APPENDS": True, "HAS_NORM": False, "ASSEMBLY": True,
+            },
+            architectures=architectures,
+            num_warps=_NUM_WARPS[bits],
+            num_stages=_NUM_STAGES[bits],
+        )  # fmt: skip
+        for kernel in compiled.values():
+            assert_fits(kernel)
