@@ -15,8 +15,8 @@ from .launch import launch_options, release_next_kernel, wait_for_previous_kerne
 
 _NUM_WARPS = 8
 # Programs that share a row, and how many programs are enough: past one a processor they only read the row again. On an
-# H200, in a graph, with clearing: 1 row in 4, 8 and 16 parts 1.26, 1.27 and 1.28 us (4 warps and 2 parts: 1.77), 64 rows
-# in 1, 2 and 8 parts 2.39, 2.33 and 2.77 us, 256 rows in 1 and 2 parts 3.03 and 3.20 us.
+# H200, in a graph, with clearing: 1 row in 4, 8 and 16 parts 1.26, 1.27 and 1.28 us (4 warps, 2 parts: 1.77 us),
+# 64 rows in 1, 2 and 8 parts 2.39, 2.33 and 2.77 us; without clearing 256 rows in 1 and 2 parts 3.03 and 3.20 us.
 _MOST_PARTS = 8
 _ENOUGH_PROGRAMS = 128
 _ZERO_BLOCK = 1024
