@@ -23,7 +23,7 @@ CUBLAS_WORKSPACE_BYTES = 32 * 2**20
 W4A16_WORKSPACE_BYTES = (64 << 20) + (1 << 14) * INT_BYTES
 # kernels/attention_workspace.py: the parts that split contexts are computed in, for an H200's multiprocessors (fewer
 # make 1 MiB less), and with a quantized cache dequantized keys and values of a prefill step.
-_ATTENTION_PARTS_PER_PROCESSOR, _MOST_PROCESSORS = 3, 132
+_ATTENTION_PARTS_PER_PROCESSOR, _MOST_PROCESSORS = 6, 132
 ATTENTION_SCRATCH_BYTES = 256 << 20
 # engine/step_buffers.py: rows whose queries, keys and values are added up in float32.
 _MOST_SUMMED_ROWS = 64
