@@ -10,7 +10,7 @@ import json
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +39,7 @@ _ERROR_NOISE = re.compile(
     r"^at \d+\(\d+\): |failed to compile JSON schema: |\s*<(?:state|non-verbose/)>.*|\s+\d+ \| .*", re.DOTALL
 )
 _SHOWN_ERROR_CHARS = 300
+_NUM_TRIED_TOKENS = 8
 
 
 class GrammarError(ValueError):
@@ -124,10 +125,12 @@ class GrammarCompiler:
         from llguidance import LLMatcher, LLParserLimits
 
         matcher = LLMatcher(self._loaded_tokenizer(), text, log_level=0, limits=LLParserLimits(**_LIMITS))
-        if not matcher.is_error():
-            matcher.compute_bitmask()  # some grammars turn out to be too large, or to allow nothing, here only
-        if matcher.is_error():
-            raise _explain(matcher.get_error())
+        trial = matcher.deep_copy()
+        for token_id in _walk(trial):
+            trial.consume_token(token_id)
+        for tried in (matcher, trial):
+            if tried.is_error():
+                raise _explain(tried.get_error())
         if matcher.is_stopped() and not matcher.is_accepting():
             raise GrammarError("the grammar allows no text at all")
         return matcher
@@ -191,6 +194,17 @@ def _load_tokenizer(vocabulary: Vocabulary) -> "LLTokenizer":
         raise GrammarError("the served model has no token that ends an answer, so its output cannot be constrained")
     ends = list(vocabulary.end_ids)
     return LLTokenizer(TokenizerWrapper(_WrappedVocabulary(vocabulary)), eos_token=ends)
+
+
+def _walk(matcher: "LLMatcher") -> Iterator[int]:
+    """Yield the first few tokens of some text of the grammar: some turn out to be too costly there only."""
+    for _ in range(_NUM_TRIED_TOKENS):
+        if matcher.is_error() or matcher.is_stopped():
+            return
+        mask = int.from_bytes(matcher.compute_bitmask(), "little")
+        if matcher.is_error() or not mask:
+            return
+        yield (mask & -mask).bit_length() - 1
 
 
 class _WrappedVocabulary:
