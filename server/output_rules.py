@@ -82,6 +82,7 @@ class OutputRules:
                 token_bytes=[tokenizer.token_bytes(token_id) for token_id in range(size)],
                 control_ids=self.end_ids.union(self._control_ids.values()),
                 end_ids=tuple(sorted(self.end_ids)),
+                encode=lambda text: tokenizer.encode_segments(["", text]),
             )
         )
 

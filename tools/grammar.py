@@ -10,7 +10,7 @@ import json
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -64,11 +64,15 @@ class GrammarSource:
 
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
-    """A tokenizer as grammars see it: each id's bytes, the ids that are no text, and those that may end a reply."""
+    """A tokenizer as grammars see it: each id's bytes, the ids that are no text, and those that may end a reply.
+
+    `encode` gives the ids of a text that goes on: where a grammar leaves one text only, its tokens are those.
+    """
 
     token_bytes: Sequence[bytes]
     control_ids: frozenset[int]
     end_ids: tuple[int, ...]
+    encode: Callable[[str], list[int]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,17 +212,19 @@ def _walk(matcher: "LLMatcher") -> Iterator[int]:
 
 
 class _WrappedVocabulary:
-    """What llguidance asks of a tokenizer. It encodes nothing here: replies come as ids."""
+    """What llguidance asks of a tokenizer."""
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         self.eos_token_id = vocabulary.end_ids[0]
         self.bos_token_id = None
         self.tokens = list(vocabulary.token_bytes)
         self.special_token_ids = sorted(vocabulary.control_ids)
-        self._byte_ids = {data[0]: token_id for token_id, data in enumerate(self.tokens) if len(data) == 1}
+        self._encode = vocabulary.encode
 
-    def __call__(self, text: bytes) -> list[int]:
-        return [self._byte_ids[byte] for byte in text if byte in self._byte_ids]
+    def __call__(self, text: str) -> list[int]:
+        if not isinstance(text, str):
+            raise TypeError("only whole characters are encoded")
+        return self._encode(text)
 
 
 def _explain(error: str) -> GrammarError:
