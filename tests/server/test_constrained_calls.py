@@ -75,12 +75,22 @@ def _check_calls(reply: Any, tools: list[Any]) -> int:
     schemas = {one["function"]["name"]: one["function"]["parameters"] for one in normalize_tools(tools)}
     choice = reply["choices"][0]
     calls = choice["message"].get("tool_calls", [])
+    if choice["finish_reason"] == "length" and calls and not _is_json(calls[-1]["function"]["arguments"]):
+        calls = calls[:-1]  # a stream cannot take back the beginning of a call that max_tokens cut
     for call in calls:
         arguments = json.loads(call["function"]["arguments"])
         jsonschema.Draft202012Validator(schemas[call["function"]["name"]]).validate(arguments)
     if calls and choice["finish_reason"] != "length":
         assert choice["finish_reason"] == "tool_calls"
     return len(calls)
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _toolbox(rng: random.Random) -> list[Any]:
