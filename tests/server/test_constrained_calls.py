@@ -7,6 +7,7 @@ import json
 import random
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,13 @@ from toy_models import TOY_MODELS, ToyModel
 from lmdserve.server.model import ServedModel, load_served_model
 from lmdserve.tools.schema import normalize_tools
 
-NAMES = ("qwen", "qwen without tools", "llama", "mistral", "internlm2")
+_MISTRAL = TOY_MODELS["mistral"]
+MODELS = TOY_MODELS | {
+    "mistral, list": replace(
+        _MISTRAL, control_tokens={t: True for t in _MISTRAL.control_tokens if t not in ("[ARGS]", "[CALL_ID]")}
+    )
+}
+NAMES = ("qwen", "qwen without tools", "llama", "mistral", "mistral, list", "internlm2")
 USER = {"role": "user", "content": "Hi"}
 NUM_REQUESTS = 12  # of each format and tool_choice, with four tools each
 
@@ -29,7 +36,7 @@ NUM_REQUESTS = 12  # of each format and tool_choice, with four tools each
 @pytest.fixture(scope="session")
 def served(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ServedModel]:
     def load(name: str) -> ServedModel:
-        folder = TOY_MODELS[name].write(tmp_path_factory.mktemp(name.replace(" ", "_")))
+        folder = MODELS[name].write(tmp_path_factory.mktemp(name.replace(" ", "_").replace(",", "")))
         return load_served_model(Path(folder), name="toy", chat_template=None)
 
     return {name: load(name) for name in NAMES}
@@ -37,7 +44,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ServedModel]:
 
 @asynccontextmanager
 async def _serving(served: dict[str, ServedModel], name: str, seed: int = 0) -> AsyncIterator[Any]:
-    toy: ToyModel = TOY_MODELS[name]
+    toy: ToyModel = MODELS[name]
     engine = SamplingEngine(NUM_BYTES + len(toy.control_tokens), toy.ids(toy.turn_end), seed=seed)
     async with running(engine, served[name]) as url, aiohttp.ClientSession(url) as session:
 
