@@ -232,6 +232,8 @@ def _explain(error: str) -> GrammarError:
     if keywords:
         return GrammarError(f"the keyword {', '.join(keywords)} cannot be enforced; leave it out", keywords)
     reason = " ".join(_ERROR_NOISE.sub("", error).split())[:_SHOWN_ERROR_CHARS]
+    if "JSON schema" in error and "regex parse error" in error:
+        return GrammarError(f"the keyword pattern cannot be compiled: {reason}", ("pattern",))
     return GrammarError(f"it cannot be compiled: {reason}")
 
 

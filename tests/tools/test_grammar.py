@@ -1,0 +1,143 @@
+"""Compiling: the cache, the lenient fallback, what is refused in which words; and masks against plain membership."""
+
+import json
+import re
+from typing import Any
+
+import pytest
+
+from lmdserve.tools.constraint import ReplyRules, TokenSets, bits_of
+from lmdserve.tools.grammar import (
+    MAX_CACHED,
+    MAX_SOURCE_CHARS,
+    GrammarCompiler,
+    GrammarError,
+    GrammarSource,
+    Vocabulary,
+    choice_source,
+    json_schema_source,
+    lark_source,
+    regex_source,
+)
+
+END = 256
+WORDS = (b"ab", b'{"', b'": ', "上海".encode(), "上".encode()[:2], b"  ", b"true")
+VOCABULARY = Vocabulary(
+    token_bytes=[*(bytes([byte]) for byte in range(256)), b"</s>", b"<x>", *WORDS, b""],
+    control_ids=frozenset({END, 257}),
+    end_ids=(END,),
+    encode=lambda text: list(text.encode()),
+)
+
+
+@pytest.fixture(scope="module")
+def compiler() -> GrammarCompiler:
+    return GrammarCompiler(VOCABULARY)
+
+
+def _allowed(compiler: GrammarCompiler, source: GrammarSource, text: str) -> set[int]:
+    """Return what may follow a text."""
+    constraint = ReplyRules(sets=TokenSets(VOCABULARY), answer=compiler.compile(source)).new_constraint()
+    for byte in text.encode():
+        constraint.accept(byte)
+    mask = constraint.mask()
+    assert mask is not None
+    assert len(mask) == 4 * -(-len(VOCABULARY.token_bytes) // 32)
+    return {token_id for token_id in range(8 * len(mask)) if mask[token_id // 8] >> token_id % 8 & 1}
+
+
+@pytest.mark.parametrize("text", ["", "a", "ab", "上", "上海", "xx"])
+def test_a_mask_holds_exactly_the_tokens_that_keep_a_match_possible(compiler: GrammarCompiler, text: str) -> None:
+    choices = ["abab", "a", "上海", "上x", "xx true", '{"a": 1}']
+    grammar = choice_source(choices)
+    expected = {
+        token_id
+        for token_id, data in enumerate(VOCABULARY.token_bytes)
+        if data and token_id not in (END, 257) and any(c.encode().startswith(text.encode() + data) for c in choices)
+    }
+    # Where one text only is left, the tokens are the tokenizer's own for it, here single bytes.
+    allowed = _allowed(compiler, grammar, text)
+    left = [choice for choice in choices if choice.startswith(text)]
+    if text in choices:
+        expected.add(END)
+    assert allowed == expected if len(left) > 1 else allowed <= expected | {END}
+    assert allowed
+
+
+def test_control_tokens_are_no_text(compiler: GrammarCompiler) -> None:
+    for source in (regex_source("<x>|<y>"), lark_source('start: "<x>" | "<y>"')):
+        assert 257 not in _allowed(compiler, source, "")
+
+
+def test_equal_sources_are_compiled_once_and_old_ones_forgotten() -> None:
+    compiler = GrammarCompiler(VOCABULARY)
+    first = compiler.compile(regex_source("a"))
+    assert compiler.compile(regex_source("a")) is first
+    for number in range(MAX_CACHED):
+        compiler.compile(regex_source(f"b{number}"))
+    assert compiler.compile(regex_source("a")) is not first
+
+
+@pytest.mark.parametrize(
+    ("schema", "keywords"),
+    [
+        ({"type": "array", "uniqueItems": True}, ("uniqueItems",)),
+        ({"not": {"type": "string"}, "type": "integer"}, ("not",)),
+        ({"oneOf": [{"type": "string"}, {"minLength": 2}]}, ("oneOf",)),
+        ({"type": "string", "format": "nonsense"}, ("format",)),
+        ({"if": {"type": "string"}, "then": {"minLength": 3}}, ("if", "then")),
+    ],
+)
+def test_what_cannot_be_enforced_is_named(compiler: GrammarCompiler, schema: Any, keywords: tuple[str, ...]) -> None:
+    assert compiler.compile(json_schema_source(schema, must_be_strict=False)).unenforced == keywords
+    with pytest.raises(GrammarError, match=re.escape(keywords[0])) as caught:
+        compiler.compile(json_schema_source(schema, must_be_strict=True))
+    assert set(caught.value.keywords) <= set(keywords)
+
+
+def test_a_schema_cannot_loosen_itself(compiler: GrammarCompiler) -> None:
+    schema = {"type": "array", "uniqueItems": True, "x-guidance": {"lenient": True}}
+    with pytest.raises(GrammarError, match="uniqueItems"):
+        compiler.compile(json_schema_source(schema, must_be_strict=True))
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: json_schema_source({"type": "string", "pattern": "(?=a)"}, must_be_strict=False), "keyword pattern"),
+        (lambda: json_schema_source({"type": "integer", "minimum": 2, "maximum": 1}, must_be_strict=False), "minimum"),
+        (lambda: json_schema_source({"$ref": "#"}, must_be_strict=False), "cannot be compiled"),
+        (lambda: json_schema_source(False, must_be_strict=False), "no value obeys"),
+        (lambda: json_schema_source([], must_be_strict=False), "must be a JSON object"),
+        (lambda: json_schema_source({"const": "\ud800"}, must_be_strict=False), "cannot be compiled"),
+        (lambda: choice_source([]), "at least one"),
+        (lambda: choice_source(["\ud800"]), "surrogate"),
+        (lambda: regex_source("["), "unclosed"),
+        (lambda: regex_source("(x{1000}){1000}"), "too many expressions"),
+        (lambda: lark_source("start: b"), "unknown name"),
+        (lambda: regex_source("a" * MAX_SOURCE_CHARS), "characters"),
+    ],
+)
+def test_refusals_say_why(compiler: GrammarCompiler, make: Any, words: str) -> None:
+    with pytest.raises(GrammarError, match=words) as caught:
+        compiler.compile(make())
+    assert len(str(caught.value)) < 500
+    assert "x-guidance" not in str(caught.value)
+
+
+def test_a_model_without_an_end_is_told_so() -> None:
+    vocabulary = Vocabulary(VOCABULARY.token_bytes, VOCABULARY.control_ids, (), VOCABULARY.encode)
+    with pytest.raises(GrammarError, match="no token that ends"):
+        GrammarCompiler(vocabulary).compile(regex_source("a"))
+
+
+def test_blanks_are_bounded(compiler: GrammarCompiler) -> None:
+    source = json_schema_source({"type": "array", "items": {"type": "integer"}}, must_be_strict=True)
+    assert ord(" ") in _allowed(compiler, source, "[" + " " * 39)
+    assert ord(" ") not in _allowed(compiler, source, "[" + " " * 40)
+    assert json.loads("[" + " " * 40 + "1]") == [1]
+
+
+def test_bits() -> None:
+    assert bits_of([]) == 0
+    assert bits_of([0, 9, 31]) == 1 | 1 << 9 | 1 << 31
