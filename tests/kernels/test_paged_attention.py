@@ -18,6 +18,7 @@ from lmdserve.kernels.paged_attention import (
     _decode_kernel,
     decode_attention,
 )
+
 EPS = 1e-6
 # Queries, weights and the output are rounded to 16 bits (to float16 inside, when the cache is quantized).
 TOLERANCE = {torch.float16: 4e-3, torch.bfloat16: 2.5e-2}
