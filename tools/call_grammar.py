@@ -32,7 +32,10 @@ class CallGrammar:
         first = self._literal(syntax.opener if has_opener else "")
         again = self._literal(syntax.separator + (syntax.opener if syntax.repeats_opener else ""))
         more = f"({again} call)*" if self.is_parallel else ""
-        start = f"start: {first} {self._literal(syntax.list_begin)} call {more} {self._literal(syntax.list_end)}\n"
+        space = '" "?' if syntax.may_be_spaced else ""
+        start = (
+            f"start: {first} {space} {self._literal(syntax.list_begin)} call {more} {self._literal(syntax.list_end)}\n"
+        )
         has_code = any(tool["type"] == CODE_TOOL_NAME for tool in self.tools)
         if has_code and syntax.code_opener and has_opener:
             code = f"{self._literal(syntax.code_opener)} CODE\n"

@@ -17,6 +17,7 @@ class CallSyntax:
     after_arguments: str = ""
     separator: str = ""
     repeats_opener: bool = True
+    may_be_spaced: bool = False  # a space may stand before `list_begin`
     list_begin: str = ""
     list_end: str = ""
     quotes_name: bool = True

@@ -57,6 +57,7 @@ class MistralFormat:
             return CallSyntax(opener="[TOOL_CALLS]", after_name=_ARGS, quotes_name=False)
         return CallSyntax(
             opener="[TOOL_CALLS]",
+            may_be_spaced=True,  # SentencePiece tokenizers put it there
             list_begin="[",
             before_name='{"name": ',
             after_name=', "arguments": ',
