@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 MAX_SOURCE_CHARS = 512 * 1024  # of one grammar, schemas of its tools included; 2000 properties are 150 KiB
 MAX_NESTING = 64
-MAX_CACHED = 128  # compiled grammars; each holds its source, and a matcher of about 10 times that
+MAX_CACHED = 128  # compiled grammars
+MAX_CACHED_CHARS = 4 * 2**20  # of their sources; a compiled one takes about 25 bytes for each, so 100 MiB in all
 # Half to a twentieth of llguidance's defaults: with these the costliest mask found for a hostile regex took 70 ms (then
 # the request fails), with the defaults 950 ms; 884 real schemas need none of the difference.
 _LIMITS: Mapping[str, Any] = {
@@ -106,7 +107,7 @@ class GrammarCompiler:
         grammar = self._compile_new(source)
         with self._lock:
             self._cache[source] = grammar
-            while len(self._cache) > MAX_CACHED:
+            while len(self._cache) > MAX_CACHED or sum(len(s.text) for s in self._cache) > MAX_CACHED_CHARS:
                 self._cache.popitem(last=False)
         return grammar
 
