@@ -2,8 +2,9 @@
 
     python benchmarks/demo_quality.py --cases 400
 
-The 4-bit weights are an AWQ checkpoint written here by rounding to nearest in groups of 128, without calibration. Every
-row is a server process of its own, asked over HTTP by `demo/evaluate.py` for the same held-out cases.
+The 4-bit weights are an AWQ checkpoint written here by rounding to nearest in groups of 128, without calibration; the
+8-bit head is a checkpoint whose head is rounded as `--lm-head-bits 8` rounds it on a GPU, computed in float32. Every row
+is a server process of its own, asked over HTTP by `demo/evaluate.py` for the same held-out cases; `--rows` picks some.
 """
 
 import argparse
@@ -22,26 +23,43 @@ from safetensors.torch import load_file, save_file
 
 import lmdserve
 from lmdserve.kernels.layout import pack_awq
+from lmdserve.kernels.w8a16 import quantize_rows
 
 DEMO = Path(lmdserve.__file__).parent / "demo" / "model"
 GROUP_SIZE = 128
 LINEAR = re.compile(r"\.(attention\.w\w+|feed_forward\.w\d)\.weight$")
-ROWS = [("float32", 0), ("float32", 8), ("float32", 4), ("AWQ 4-bit", 0), ("AWQ 4-bit", 4)]
+HEAD = "output.weight"
+ROWS = [("float32", 0), ("float32", 8), ("float32", 4), ("8-bit head", 0), ("AWQ 4-bit", 0), ("AWQ 4-bit", 4)]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", default="400")
+    parser.add_argument("--rows", default="float32,8-bit head,AWQ 4-bit")
     arguments = parser.parse_args()
     print(f"{datetime.date.today()}, lmdserve {lmdserve.__version__}, torch {torch.__version__}, CPU\n")
     print("| weights | KV bits | exact calls | calls |\n|---|---|---|---|", flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        write_awq(DEMO, Path(folder) / "demo-awq")
+        models = {"float32": DEMO, "8-bit head": Path(folder) / "head", "AWQ 4-bit": Path(folder) / "demo-awq"}
+        write_8_bit_head(DEMO, models["8-bit head"])
+        write_awq(DEMO, models["AWQ 4-bit"])
         for weights, quant_policy in ROWS:
-            model = str(Path(folder) / "demo-awq") if weights.startswith("AWQ") else "demo"
+            if weights not in arguments.rows.split(","):
+                continue
+            model = str(models[weights])
             share, count = score(model, quant_policy, arguments.cases)
             print(f"| {weights} | {quant_policy or 32} | {share} | {count} |", flush=True)
     return 0
+
+
+def write_8_bit_head(source: Path, target: Path) -> None:
+    """Write a copy of `source` whose head has what 8 bits leave of it."""
+    shutil.copytree(source, target)
+    (shard,) = (path for path in target.glob("*.safetensors") if HEAD in load_file(path))
+    tensors = load_file(shard)
+    head = quantize_rows(tensors[HEAD])
+    tensors[HEAD] = head.codes * head.scales.unsqueeze(1)
+    save_file(tensors, shard)
 
 
 def write_awq(source: Path, target: Path) -> None:
