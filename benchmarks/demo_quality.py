@@ -3,8 +3,9 @@
     python benchmarks/demo_quality.py --cases 400
 
 The 4-bit weights are an AWQ checkpoint written here by rounding to nearest in groups of 128, without calibration; the
-8-bit head is a checkpoint whose head is rounded as `--lm-head-bits 8` rounds it on a GPU, computed in float32. Every row
-is a server process of its own, asked over HTTP by `demo/evaluate.py` for the same held-out cases; `--rows` picks some.
+8-bit head is a checkpoint whose head is rounded as `--lm-head-bits 8` rounds it on a GPU, computed in float32. Every
+row is a server process of its own, asked over HTTP by `demo/evaluate.py` for the same held-out cases; `--rows` picks
+some.
 """
 
 import argparse
