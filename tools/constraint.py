@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING
 
-from .grammar import Grammar, Vocabulary
+from .grammar import Grammar, MaskMeter, Vocabulary
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher
@@ -77,7 +77,7 @@ class _Stage(Enum):
 
 
 class ReplyConstraint:
-    """One reply. Ask for the mask, sample, accept the token, and so on; errors are RuntimeErrors and final."""
+    """One reply. Ask for the mask, sample, accept the token, and so on; what it raises is final."""
 
     def __init__(self, rules: ReplyRules) -> None:
         self._rules = rules
@@ -85,6 +85,7 @@ class ReplyConstraint:
         self._may_think = rules.think_ids is not None and not rules.opens_in_reasoning
         self._may_be_blank = False  # one blank token between reasoning and answer, which a reader does not see
         self._matcher: LLMatcher | None = None
+        self._meter = MaskMeter()
 
     @property
     def is_over(self) -> bool:
@@ -172,7 +173,4 @@ class ReplyConstraint:
         return self._matcher
 
     def _grammar_bits(self, matcher: "LLMatcher") -> int:
-        mask = matcher.compute_bitmask()
-        if matcher.is_error():
-            raise RuntimeError(f"the grammar is too costly to follow: {matcher.get_error()[:300]}")
-        return int.from_bytes(mask, "little") & self._rules.sets.all
+        return int.from_bytes(self._meter.compute(matcher), "little") & self._rules.sets.all

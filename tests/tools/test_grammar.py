@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from lmdserve.tools.grammar import (
     GrammarCompiler,
     GrammarError,
     GrammarSource,
+    MaskMeter,
     Vocabulary,
     choice_source,
     json_schema_source,
@@ -113,7 +115,7 @@ def test_a_schema_cannot_loosen_itself(compiler: GrammarCompiler) -> None:
         (lambda: choice_source([]), "at least one"),
         (lambda: choice_source(["\ud800"]), "surrogate"),
         (lambda: regex_source("["), "unclosed"),
-        (lambda: regex_source("(x{1000}){1000}"), "too many expressions"),
+        (lambda: regex_source("(x{1000}){1000}"), "too many expressions|too costly"),
         (lambda: lark_source("start: b"), "unknown name"),
         (lambda: regex_source("a" * MAX_SOURCE_CHARS), "characters"),
     ],
@@ -129,6 +131,24 @@ def test_a_model_without_an_end_is_told_so() -> None:
     vocabulary = Vocabulary(VOCABULARY.token_bytes, VOCABULARY.control_ids, (), VOCABULARY.encode)
     with pytest.raises(GrammarError, match="no token that ends"):
         GrammarCompiler(vocabulary).compile(regex_source("a"))
+
+
+def test_a_grammar_that_takes_too_long_at_its_masks_fails() -> None:
+    class Slow:
+        def compute_bitmask(self) -> bytes:
+            end_s = time.thread_time() + 0.06
+            while time.thread_time() < end_s:
+                pass
+            return b""
+
+        def is_error(self) -> bool:
+            return False
+
+    meter, slow = MaskMeter(), Slow()
+    for _ in range(4):
+        assert meter.compute(slow) == b""  # type: ignore[arg-type]
+    with pytest.raises(GrammarError, match="too costly to follow"):
+        meter.compute(slow)  # type: ignore[arg-type]
 
 
 def test_blanks_are_bounded(compiler: GrammarCompiler) -> None:
