@@ -286,7 +286,7 @@ def _failure(sequence: Sequence) -> str:
 def _attention_workspace(decoder: FusedDecoder, limits: StepLimits, kv_cache: KVCache) -> AttentionWorkspace:
     config = decoder.config
     return AttentionWorkspace.allocate(
-        max_rows=limits.max_logit_rows,
+        max_rows=aligned_count(limits.max_logit_rows),  # beside prefill tokens, decode rows are padded
         num_heads=config.num_heads,
         num_kv_heads=config.num_kv_heads,
         head_dim=config.head_dim,
