@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from .memory_sizes import qkv_width
 from .model_config import ModelConfig
 from .scheduler import MAX_PROMPT_LOGPROB_ROWS
 from .step_inputs import ALIGNMENT, NUM_INPUT_PARTS
@@ -74,8 +75,3 @@ def buffer_bytes(config: ModelConfig, limits: StepLimits, dtype: torch.dtype) ->
     buffers = StepBuffers(config, limits, dtype=dtype, device=torch.device("meta"))
     tables = SlotTables(config, limits, device=torch.device("meta"))
     return sum(tensor.nbytes for owner in (buffers, tables) for tensor in vars(owner).values())
-
-
-def qkv_width(config: ModelConfig) -> int:
-    """Return the columns of the fused query, key and value projection."""
-    return (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
