@@ -19,7 +19,7 @@ def pack_awq(values: torch.Tensor) -> torch.Tensor:
     rows, columns = values.shape
     if columns % NIBBLES_PER_WORD:
         raise ValueError(f"AWQ packs columns by {NIBBLES_PER_WORD}; {columns} columns do not divide")
-    ordered = values.to(torch.int64).view(rows, columns // NIBBLES_PER_WORD, NIBBLES_PER_WORD)[..., list(AWQ_ORDER)]
+    ordered = values.to(torch.int64).reshape(rows, columns // NIBBLES_PER_WORD, NIBBLES_PER_WORD)[..., list(AWQ_ORDER)]
     shifts = torch.arange(0, 32, 4, device=values.device)
     words = (ordered << shifts).sum(-1)  # 0 .. 2**32 - 1
     return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)

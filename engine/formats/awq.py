@@ -61,3 +61,16 @@ def build_linear(
     if codes.device.type == "cpu":
         return build_four_bit_linear(codes, zeros, scales, bias)
     return FourBitLinear(layout.pack_rows(codes), zeros, scales, bias)
+
+
+def pack_linear(codes: torch.Tensor, zeros: torch.Tensor, scales: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return the tensors of one linear as they lie on disk, by suffix; the inverse of what `build_linear` reads.
+
+    codes uint8 [out_features, in_features] and zeros uint8 [out_features, groups], values 0..15; scales of any floating
+    type [out_features, groups]. ValueError when the outputs do not divide into words of 8.
+    """
+    return {
+        "qweight": layout.pack_awq(codes.t()),
+        "qzeros": layout.pack_awq(zeros.t()),
+        "scales": scales.t().contiguous(),
+    }
