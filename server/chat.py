@@ -104,6 +104,11 @@ class ChatRenderer:
             reasoning_format=reasoning_format_for(default.text if default else None, tokenizer.control_tokens.keys()),
         )
 
+    @property
+    def has_template(self) -> bool:
+        """False for base models, which complete text and have no conversations."""
+        return self._template is not None
+
     def render(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> list[int]:
         """Return the prompt's token ids; options and errors are those of `prepare`."""
         return self._tokenizer.encode_segments(self._segments(messages, **options))
