@@ -7,7 +7,7 @@ calls `generate` has already turned text into ids and turns ids back into text.
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 ENGINE_THREAD_PREFIX = "lmdserve-engine"  # begins the name of the thread that runs the model
 
@@ -110,6 +110,9 @@ class EngineInfo:
     session_len: int  # prompt plus output, tokens
     eos_token_ids: frozenset[int]
     planned_bytes: Mapping[str, int] = field(default_factory=dict)  # of memory, by what takes it
+    num_kv_tokens: int = 0  # that the KV cache holds
+    kv_bits: int = 16  # 8 or 4 where the KV cache is quantized
+    weight_format: str = "hf"  # as `--model-format` names it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,6 +137,19 @@ class EngineStats:
     device_idle_s_total: float = 0.0  # between the end of a step and the begin of one that was launched before that end
 
 
+class SwapPlan(NamedTuple):
+    """The memory before, during and after one checkpoint takes another's place, in bytes of the whole process."""
+
+    how: Literal["beside", "drain"]  # loaded while the running one serves, or once that one is done and gone
+    reason: str  # one sentence
+    running_bytes: int
+    peak_bytes: int
+    after_bytes: int
+    running_kv_tokens: int
+    after_kv_tokens: int
+    session_len: int  # of the new checkpoint
+
+
 class Engine(Protocol):
     """The engine as the HTTP layer sees it. All methods are called on the event loop."""
 
@@ -144,6 +160,12 @@ class Engine(Protocol):
 
     async def stop(self, timeout_s: float) -> None:
         """Refuse new requests, let running ones finish for up to `timeout_s`, abort the rest, free everything."""
+
+    def release(self) -> None:
+        """Give the memory of weights and KV cache back, after `stop`; nothing but `info` is of use afterwards.
+
+        May be called on any thread: it can take a while.
+        """
 
     def generate(self, request: Request) -> AsyncIterator[Chunk]:
         """Yield chunks until one has a finish_reason. Closing the iterator early aborts the sequence.

@@ -64,7 +64,9 @@ class DecodeGraphs:
         self._compute(step)
         graph = torch.cuda.CUDAGraph()
         torch.cuda.current_stream().synchronize()
-        with torch.cuda.graph(graph, pool=self._pool, stream=torch.cuda.current_stream()):
+        # "thread_local": another engine of this process may compute on its own thread meanwhile.
+        stream = torch.cuda.current_stream()
+        with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
             self._compute(step)
         return graph
 

@@ -6,6 +6,7 @@ loading runs on the event loop, so that commands (a new request, a closed iterat
 """
 
 import asyncio
+import dataclasses
 import logging
 import os
 import sys
@@ -36,8 +37,8 @@ from .kv_cache import KVCache
 from .loader import load_model, resolve_model_folder
 from .make_runner import make_runner
 from .memory import plan_memory
-from .memory_device import find_device
-from .memory_guard import held_to_plan
+from .memory_device import MemoryDevice, find_device
+from .memory_guard import held_to_plan, return_freed_memory
 from .memory_table import describe_plans
 from .model_config import ModelConfig
 from .option_checks import check_options, format_name
@@ -137,6 +138,11 @@ class AsyncEngine:
             self._task.cancel()
             await asyncio.wait({self._task})
         self._thread.shutdown(wait=False, cancel_futures=True)
+
+    def release(self) -> None:
+        """Give the memory of weights and KV cache back, after `stop`."""
+        del self._runner, self._stepper
+        return_freed_memory()
 
     async def generate(self, request: Request) -> AsyncGenerator[Chunk, None]:
         """Yield chunks until one has a finish_reason. Closing the generator early aborts the sequence."""
@@ -301,15 +307,21 @@ class AsyncEngine:
         self._streams.clear()
 
 
-def load_engine(config: EngineConfig) -> AsyncEngine:
-    """Decide every "auto", load the model, plan and allocate the KV cache. Blocks; raises ConfigError."""
+def load_engine(config: EngineConfig, *, memory: MemoryDevice | None = None) -> AsyncEngine:
+    """Decide every "auto", load the model, plan and allocate the KV cache. Blocks; raises ConfigError.
+
+    `memory` is what may be taken, where this process has loaded an engine before (`beside.py`): --max-gpu-memory is
+    then held to already.
+    """
     folder = resolve_model_folder(config.model, config.revision)
     model_config = ModelConfig.from_folder(folder)
     check_options(config, model_config)
     device = _resolve_device(config)
     if device.type == "cpu":
         _leave_a_core_to_the_event_loop()
-    plan = plan_memory(config, model_config, find_device("cuda" if device.type == "cuda" else "cpu"))
+    if memory is not None:
+        config = dataclasses.replace(config, max_gpu_memory=None)
+    plan = plan_memory(config, model_config, memory or find_device("cuda" if device.type == "cuda" else "cpu"))
     dtype: torch.dtype = getattr(torch, plan.dtype_name)
     # Rows are independent in float32 on a CPU (linear.py), and where the fused decoder is asked to make them so.
     can_be_deterministic = can_fuse(model_config, dtype, device) or (device.type == "cpu" and dtype is torch.float32)
@@ -353,6 +365,9 @@ def load_engine(config: EngineConfig) -> AsyncEngine:
         session_len=plan.session_len,
         eos_token_ids=frozenset(t for t in model_config.eos_token_ids if 0 <= t < model_config.vocab_size),
         planned_bytes={part.name: part.num_bytes for part in plan.parts} | {"KV cache": plan.kv_bytes},
+        num_kv_tokens=plan.num_tokens,
+        kv_bits=config.quant_policy or 16,
+        weight_format=format_name(model_config),
     )
     return AsyncEngine(
         runner,

@@ -1,5 +1,9 @@
-"""Holds a process to its memory plan: torch refuses what goes past it, and running out is told in its numbers."""
+"""Holds a process to its memory plan: torch refuses what goes past it, and running out is told in its numbers.
 
+Also gives memory back that nothing uses any more.
+"""
+
+import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -28,3 +32,12 @@ def held_to_plan(plan: MemoryPlan, device: torch.device, *, is_limited: bool) ->
             f"{plan.limit_bytes / _GIB:.2f} GiB may be taken; another program may have taken some meanwhile; "
             "lower --cache-max-entry-count or --max-prefill-token-num"
         ) from error
+
+
+def return_freed_memory() -> None:
+    """Give what torch and malloc hold without use back to the device and the system."""
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.empty_cache()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
+    if trim is not None:
+        trim(0)

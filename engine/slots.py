@@ -6,7 +6,7 @@ stream, behind the steps that still read the old contents.
 
 from array import array
 from collections.abc import Sequence as SequenceOf
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 
@@ -25,14 +25,14 @@ class SlotWriter:
     """Brings the tables up to date before a step is launched."""
 
     def __init__(self, config: ModelConfig, tables: SlotTables, sampler: DeviceSampler) -> None:
-        self._config = config
         self._tables = tables
         self._sampler = sampler
         self._num_columns = tables.block_tables.shape[1]
         # A sequence that lost its blocks gets a new list with the next ones, so the list itself tells who is who.
         self._known: list[array[int] | None] = [None] * len(tables.block_tables)
         self._num_sent = [0] * len(tables.block_tables)
-        self._frequencies = lru_cache(maxsize=_KEPT_ROPE_BASES)(self._compute_frequencies)
+        frequencies = partial(_frequencies_on, config, tables.frequencies.device)  # not a method: that would be a cycle
+        self._frequencies = lru_cache(maxsize=_KEPT_ROPE_BASES)(frequencies)
 
     def update(self, chunks: SequenceOf[Chunk]) -> None:
         """Send what is new about the chunks' sequences: everything of a newcomer, else the blocks added."""
@@ -64,6 +64,6 @@ class SlotWriter:
         where, values = torch.split(packed, len(places))
         table.index_copy_(0, where, values.to(torch.int32))
 
-    def _compute_frequencies(self, base: float) -> torch.Tensor:
-        frequencies = rotary_frequencies(self._config.rope, base, self._config.head_dim)
-        return frequencies.to(self._tables.frequencies.device)
+
+def _frequencies_on(config: ModelConfig, device: torch.device, base: float) -> torch.Tensor:
+    return rotary_frequencies(config.rope, base, config.head_dim).to(device)

@@ -6,6 +6,7 @@ start once its main loop is done: starting it earlier made a chain of decoder la
 because the waiting programs hold the places of the running ones.
 """
 
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -40,13 +41,16 @@ def launch_options(device: torch.device) -> dict[str, Any]:
 def compile_ahead(num_threads: int) -> Iterator[None]:
     """Within, a launch compiles its kernel, `num_threads` kernels at once, and runs nothing; at the end all are ready.
 
-    Everything but Triton's launches happens as always. No other thread may launch kernels meanwhile.
+    Everything but Triton's launches happens as always. Other threads launch as always too: a model may be loaded beside
+    one that computes. One thread at a time may be within.
     """
+    launch, compiling_thread = KernelInterface.__getitem__, threading.get_ident()
 
     def compile_only(kernel: Any, grid: Any) -> Any:
+        if threading.get_ident() != compiling_thread:
+            return launch(kernel, grid)
         return partial(kernel.run, grid=grid, warmup=True)
 
-    launch = KernelInterface.__getitem__
     with ThreadPoolExecutor(num_threads, thread_name_prefix="lmdserve-compile") as executor:
         KernelInterface.__getitem__ = compile_only
         try:

@@ -4,7 +4,7 @@ Owns the weights and the per-step tables. Differences between families are in th
 filled the layers. In float32 on a CPU the logits of a token depend on its own sequence alone, bit for bit.
 """
 
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 
@@ -40,8 +40,10 @@ class Decoder:
         self._layers = layers
         self._final_norm = final_norm
         self._head = head
-        self._frequencies = lru_cache(maxsize=_KEPT_ROPE_BASES)(self._compute_frequencies)
-        self._planner = lru_cache(maxsize=1)(self._new_planner)
+        # Neither cache refers to the decoder: the weights go as soon as nobody holds it, without a garbage collection.
+        frequencies = partial(_frequencies_on, config, self.device)
+        self._frequencies = lru_cache(maxsize=_KEPT_ROPE_BASES)(frequencies)
+        self._planner = lru_cache(maxsize=1)(partial(_new_planner, config, self.dtype, self.device))
 
     @torch.inference_mode()
     def forward(self, batch: StepBatch, kv_cache: KVCache) -> torch.Tensor:
@@ -64,18 +66,6 @@ class Decoder:
         cosines, signed_sines = reference.rope_tables(batch.positions, self._token_frequencies(batch))
         return StepTables(len(batch.positions), plan, cosines.to(self.dtype), signed_sines.to(self.dtype))
 
-    def _new_planner(self, num_blocks: int, block_size: int) -> AttentionPlanner:
-        config = self.config
-        return AttentionPlanner(
-            num_heads=config.num_heads,
-            num_kv_heads=config.num_kv_heads,
-            num_blocks=num_blocks,
-            block_size=block_size,
-            block_bytes=2 * config.num_kv_heads * block_size * config.head_dim * self.dtype.itemsize,
-            sliding_window=config.sliding_window,
-            device=self.device,
-        )
-
     def _token_frequencies(self, batch: StepBatch) -> torch.Tensor:
         """Return fp32 [1, head_dim / 2] when all sequences share a base, else a row for every token."""
         if len(set(batch.rope_bases)) == 1:
@@ -83,10 +73,25 @@ class Decoder:
         rows = torch.stack([self._frequencies(base) for base in batch.rope_bases])
         return rows.repeat_interleave(torch.tensor(batch.query_lens, device=self.device), 0)
 
-    def _compute_frequencies(self, base: float) -> torch.Tensor:
-        return rotary_frequencies(self.config.rope, base, self.config.head_dim).to(self.device)
-
     def _pad(self, rows: torch.Tensor) -> torch.Tensor:
         """Return `rows`, the first repeated at the end, as many as products are made for; an empty one stays empty."""
         missing = padded_row_count(len(rows), self.device) - len(rows)
         return rows if missing == 0 else torch.cat((rows, rows[:1].expand(missing)))
+
+
+def _new_planner(
+    config: ModelConfig, dtype: torch.dtype, device: torch.device, num_blocks: int, block_size: int
+) -> AttentionPlanner:
+    return AttentionPlanner(
+        num_heads=config.num_heads,
+        num_kv_heads=config.num_kv_heads,
+        num_blocks=num_blocks,
+        block_size=block_size,
+        block_bytes=2 * config.num_kv_heads * block_size * config.head_dim * dtype.itemsize,
+        sliding_window=config.sliding_window,
+        device=device,
+    )
+
+
+def _frequencies_on(config: ModelConfig, device: torch.device, base: float) -> torch.Tensor:
+    return rotary_frequencies(config.rope, base, config.head_dim).to(device)
