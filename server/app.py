@@ -17,13 +17,12 @@ from lmdserve.engine.api import ConfigError, Engine
 
 from .auth import KeyRing
 from .config import ServerConfig
-from .generation import Planner
 from .metrics import ServerMetrics
 from .middleware import MIDDLEWARES, add_headers
 from .model import ServedModel
-from .output_rules import OutputRules
 from .routes import routes
 from .services import SERVICES, Lifecycle, Phase, Services
+from .serving import Servings, make_serving
 
 logger = logging.getLogger(__name__)
 
@@ -38,12 +37,8 @@ def build(engine: Engine, model: ServedModel, config: ServerConfig) -> web.Appli
     app = web.Application(middlewares=MIDDLEWARES, client_max_size=MAX_BODY_BYTES)
     prompt_threads = ThreadPoolExecutor(NUM_PROMPT_THREADS, thread_name_prefix="lmdserve-prompt")
     app[SERVICES] = Services(
-        engine=engine,
-        model=model,
+        servings=Servings(make_serving(engine, model, prompt_threads)),
         config=config,
-        planner=Planner(
-            model=model, info=engine.info, executor=prompt_threads, outputs=OutputRules(model, engine.info)
-        ),
         keys=KeyRing(config.api_keys),
         metrics=ServerMetrics(),
         lifecycle=Lifecycle(),
@@ -95,21 +90,23 @@ async def _bind(runner: web.AppRunner, config: ServerConfig) -> None:
 
 async def _run_engine(app: web.Application) -> AsyncGenerator[None, None]:
     services = app[SERVICES]
-    await services.engine.start()
+    await services.servings.current.engine.start()
     services.lifecycle.phase = Phase.RUNNING
     lag_task = asyncio.create_task(services.metrics.watch_loop_lag())
     yield
     lag_task.cancel()
     await asyncio.gather(lag_task, return_exceptions=True)
     services.prompt_threads.shutdown(wait=False, cancel_futures=True)
-    services.planner.outputs.close()
+    for serving in services.servings.live:
+        serving.close()
 
 
 async def _stop_engine(app: web.Application) -> None:
     """End what still runs, before connections close: a stream that is cut short gets its error event."""
     services = app[SERVICES]
     services.lifecycle.phase = Phase.DRAINING
-    await services.engine.stop(0.0)
+    services.servings.close()
+    await asyncio.gather(*(serving.engine.stop(0.0) for serving in services.servings.live))
 
 
 async def _drain(services: Services, signal_name: str, signals: "asyncio.Queue[str]") -> None:

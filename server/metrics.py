@@ -1,4 +1,4 @@
-"""What /metrics shows: counters and histograms of the HTTP side, and the engine's own counters at scrape time.
+"""What /metrics shows: counters and histograms of the HTTP side, and the engines' own counters at scrape time.
 
 Everything is counted on the event loop, so plain numbers do: no locks on the path of a token (prometheus_client's own
 histogram takes one for each observation). prometheus_client does the naming rules and the text.
@@ -16,9 +16,10 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
-from lmdserve.engine.api import Engine, EngineStats
+from lmdserve.engine.api import EngineStats
 
 from .choices import ChoiceStream
+from .serving import Servings
 
 FIRST_TOKEN_BUCKETS_S = (0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
 TOKEN_BUCKETS_S = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
@@ -159,20 +160,20 @@ def plan_family(planned_bytes: Mapping[str, int]) -> Metric:
 class _ScrapeCollector(Collector):
     """Reads everything at scrape time."""
 
-    def __init__(self, metrics: ServerMetrics, engine: Engine) -> None:
+    def __init__(self, metrics: ServerMetrics, servings: Servings) -> None:
         self._metrics = metrics
-        self._engine = engine
+        self._servings = servings
 
     def collect(self) -> Iterable[Metric]:
         yield from self._metrics.families()
-        yield from engine_families(self._engine.stats())
-        yield plan_family(self._engine.info.planned_bytes)
+        yield from engine_families(self._servings.stats())
+        yield plan_family(self._servings.current.engine.info.planned_bytes)
 
 
-def scrape(metrics: ServerMetrics, engine: Engine, accept: str) -> tuple[bytes, str]:
+def scrape(metrics: ServerMetrics, servings: Servings, accept: str) -> tuple[bytes, str]:
     """Return the page and its content type, in the format that the Accept header asks for."""
     registry = CollectorRegistry()
-    registry.register(_ScrapeCollector(metrics, engine))
+    registry.register(_ScrapeCollector(metrics, servings))
     ProcessCollector(registry=registry)
     encode, content_type = choose_encoder(accept)
     return encode(registry), content_type

@@ -1,4 +1,4 @@
-"""The model as the HTTP side sees it: its name, its text side, and its makers' sampling defaults. No weights here."""
+"""The model as the HTTP side sees it: its names, its text side, and its makers' sampling defaults. No weights here."""
 
 import time
 from collections.abc import Mapping
@@ -12,24 +12,31 @@ from .text import Tokenizer
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServedModel:
-    """One model under the name that clients use."""
+    """One checkpoint under the name that clients use."""
 
     name: str
+    checkpoint: str  # what the checkpoint itself is called
+    folder: Path
     created: int  # Unix time, s
     tokenizer: Tokenizer
     renderer: ChatRenderer
     default_sampling: Mapping[str, float | int]
 
 
-def load_served_model(folder: Path, *, name: str, chat_template: str | None) -> ServedModel:
+def load_served_model(
+    folder: Path, *, name: str, chat_template: str | None, checkpoint: str | None = None
+) -> ServedModel:
     """Read tokenizer, template and sampling defaults from a checkpoint folder; ConfigError when one is missing or bad.
 
-    `chat_template` is the path of a template file to use instead of the model's own.
+    `chat_template` is the path of a template file to use instead of the model's own; `checkpoint` is what the
+    checkpoint is called, if not by its folder's name.
     """
     tokenizer = Tokenizer.load(folder)
     template_path = None if chat_template is None else Path(chat_template)
     return ServedModel(
         name=name,
+        checkpoint=checkpoint or folder.name,
+        folder=folder,
         created=int(time.time()),
         tokenizer=tokenizer,
         renderer=ChatRenderer.load(folder, tokenizer, template_path=template_path),

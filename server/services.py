@@ -9,14 +9,11 @@ from enum import Enum
 
 from aiohttp import web
 
-from lmdserve.engine.api import Engine
-
 from .auth import KeyRing
 from .config import ServerConfig
 from .errors import ApiError, DrainingError, UnavailableError
-from .generation import Planner
 from .metrics import ServerMetrics
-from .model import ServedModel
+from .serving import Servings
 
 
 class Phase(Enum):
@@ -64,10 +61,8 @@ class Lifecycle:
 class Services:
     """Everything a handler needs."""
 
-    engine: Engine
-    model: ServedModel
+    servings: Servings
     config: ServerConfig
-    planner: Planner
     keys: KeyRing
     metrics: ServerMetrics
     lifecycle: Lifecycle

@@ -15,7 +15,8 @@ from ..errors import ApiError, ContentTypeError, describe
 from ..parsing import Record, parse
 from ..protocol import ChatRequest, CompletionRequest, SamplingFields
 from ..replies import ChatFormat, CompletionFormat, ReplyHead
-from ..services import ARRIVED_S, FAILURE, PROMPT_PARAM, REQUEST_ID, SERVICES, Services
+from ..services import ARRIVED_S, FAILURE, PROMPT_PARAM, REQUEST_ID, SERVICES
+from ..serving import Serving
 from ..sse import stream_reply
 
 
@@ -25,17 +26,20 @@ async def create_chat_completion(request: web.Request) -> web.StreamResponse:
     with services.lifecycle.working():
         body = await _read(request, ChatRequest)
         uid = f"chatcmpl-{secrets.token_hex(12)}"
-        return await _reply(request, body, uid, await services.planner.plan_chat(body, uid), ChatFormat)
+        async with services.servings.lease() as serving:
+            plans = await serving.planner.plan_chat(body, uid)
+            return await _reply(request, serving, body, uid, plans, ChatFormat)
 
 
 async def render_chat(request: web.Request) -> web.Response:
     """POST /v1/chat/render: the prompt that /v1/chat/completions would give the model for the same body"""
-    services = request.app[SERVICES]
-    prompt = await services.planner.render_chat(await _read(request, ChatRequest))
+    body = await _read(request, ChatRequest)
+    serving = request.app[SERVICES].servings.current
+    prompt = await serving.planner.render_chat(body)
     return _json(
         {
             "object": "chat.render",
-            "model": services.model.name,
+            "model": serving.model.name,
             "prompt": prompt.text,
             "prompt_token_ids": prompt.token_ids,
             "num_prompt_tokens": len(prompt.token_ids),
@@ -50,19 +54,21 @@ async def create_completion(request: web.Request) -> web.StreamResponse:
     with services.lifecycle.working():
         body = await _read(request, CompletionRequest)
         uid = f"cmpl-{secrets.token_hex(12)}"
-        return await _reply(request, body, uid, await services.planner.plan_completion(body, uid), CompletionFormat)
+        async with services.servings.lease() as serving:
+            plans = await serving.planner.plan_completion(body, uid)
+            return await _reply(request, serving, body, uid, plans, CompletionFormat)
 
 
 async def list_models(request: web.Request) -> web.Response:
     """GET /v1/models"""
-    return _json({"object": "list", "data": [_model_card(request.app[SERVICES])]})
+    return _json({"object": "list", "data": [_model_card(request.app[SERVICES].servings.current)]})
 
 
 async def retrieve_model(request: web.Request) -> web.Response:
     """GET /v1/models/{model}"""
-    services = request.app[SERVICES]
-    services.planner.check_model(request.match_info["model"])
-    return _json(_model_card(services))
+    serving = request.app[SERVICES].servings.current
+    serving.planner.check_model(request.match_info["model"])
+    return _json(_model_card(serving))
 
 
 async def _read(request: web.Request, record_type: type[Record]) -> Record:
@@ -77,6 +83,7 @@ async def _read(request: web.Request, record_type: type[Record]) -> Record:
 
 async def _reply(
     request: web.Request,
+    serving: Serving,
     body: SamplingFields,
     uid: str,
     plans: Sequence[ChoicePlan],
@@ -84,14 +91,14 @@ async def _reply(
 ) -> web.StreamResponse:
     """Generate all choices and send them as one stream or one object; they end with this handler, however it ends."""
     services = request.app[SERVICES]
-    tokenizer = services.model.tokenizer
+    tokenizer = serving.model.tokenizer
     choices = [ChoiceStream(plan, tokenizer) for plan in plans]
-    head = ReplyHead(id=uid, created=int(time.time()), model=services.model.name)
+    head = ReplyHead(id=uid, created=int(time.time()), model=serving.model.name)
     reply_format = format_type(
         head, choices, tokenizer, usage_at_end=body.wants_usage_chunk, usage_always=body.wants_usage_always
     )
     on_output = services.metrics.output_clock(request[ARRIVED_S], choices)
-    async with aclosing(stream_updates(services.engine, choices, on_output)) as batches:
+    async with aclosing(stream_updates(serving.engine, choices, on_output)) as batches:
         if body.stream:
             return await stream_reply(
                 request,
@@ -125,13 +132,15 @@ def _describe_late_error(request: web.Request, error: Exception) -> ApiError:
     return api_error
 
 
-def _model_card(services: Services) -> dict[str, Any]:
+def _model_card(serving: Serving) -> dict[str, Any]:
+    model, info = serving.model, serving.engine.info
     return {
-        "id": services.model.name,
+        "id": model.name,
         "object": "model",
-        "created": services.model.created,
+        "created": model.created,
         "owned_by": "lmdserve",
-        "max_model_len": services.engine.info.session_len,
+        "max_model_len": info.session_len,
+        "checkpoint": {"name": model.checkpoint, "format": info.weight_format},
     }
 
 

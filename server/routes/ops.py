@@ -18,7 +18,7 @@ async def health(request: web.Request) -> web.Response:
     """GET /health: whether the engine moves. A failing answer means that only a restart helps."""
     services = request.app[SERVICES]
     try:
-        services.engine.check_health()
+        services.servings.check_health()
     except EngineDeadError as error:
         raise UnavailableError(str(error)) from error
     return _json({"status": "ok"})
@@ -38,7 +38,7 @@ async def version(request: web.Request) -> web.Response:
 async def metrics(request: web.Request) -> web.Response:
     """GET /metrics, for Prometheus"""
     services = request.app[SERVICES]
-    body, content_type = scrape(services.metrics, services.engine, request.headers.get("Accept", ""))
+    body, content_type = scrape(services.metrics, services.servings, request.headers.get("Accept", ""))
     return web.Response(body=body, headers={"Content-Type": content_type})
 
 
