@@ -25,6 +25,7 @@ from lmdserve.tools.api import (
 from lmdserve.tools.constraint import ReplyRules
 from lmdserve.tools.reasoning import ReasoningFormat
 
+from .final_check import ReplyChecks
 from .text import IncrementalDecoder, StopStrings, Tokenizer
 
 
@@ -61,6 +62,7 @@ class ChoicePlan:
     echo: str | None = None  # the prompt's text, given back before the answer
     is_echo_only: bool = False  # the prompt is all that is wanted; the token that the engine adds is dropped
     rules: ReplyRules | None = None  # what the answer has to obey; the request's constraint is made of them
+    checks: ReplyChecks | None = None  # what of it is checked once it is whole
 
     def make_parser(self) -> ToolParser | None:
         """Return what reads the answer, or None where all of it is content."""
@@ -132,6 +134,11 @@ class ChoiceStream:
         feed_one = self._decoder.feed_one
         text = "".join([piece for token_id in chunk.token_ids for piece in feed_one(token_id) if type(piece) is str])
         return ChoiceUpdate(self.plan.index, (ContentDelta(text),) if text else (), (), None)
+
+    @property
+    def is_cut_by_stop(self) -> bool:
+        """Whether a stop string ended the answer."""
+        return self._stop_matched
 
     @property
     def _is_cut(self) -> bool:
@@ -258,10 +265,16 @@ async def stream_updates(
 
 
 async def _run(engine: Engine, choice: ChoiceStream) -> AsyncGenerator[ChoiceUpdate, None]:
-    chunks = cast("AsyncGenerator[Chunk, None]", engine.generate(choice.plan.request))
+    plan = choice.plan
+    chunks = cast("AsyncGenerator[Chunk, None]", engine.generate(plan.request))
+    check = None if plan.checks is None else plan.checks.new_check(echo=plan.echo or "")
     async with aclosing(chunks):
         async for chunk in chunks:
             update = choice.feed(chunk)
+            if check is not None:
+                update = update._replace(events=await check.settle(update.events))
+                if update.finish_reason == "stop" and not choice.is_cut_by_stop:
+                    await check.check_answer()
             if update.events or update.entries or update.finish_reason:
                 yield update
             if choice.is_over:

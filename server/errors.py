@@ -145,6 +145,22 @@ class HttpError(ApiError):
         self.status = status
 
 
+class InvalidOutputError(ApiError):
+    """The model's whole answer does not obey a schema that its grammar could enforce in part only."""
+
+    status = 422
+    type = "invalid_output_error"
+    code = "invalid_output"
+
+    def __init__(self, message: str, *, failed_generation: str) -> None:
+        super().__init__(message)
+        self.failed_generation = failed_generation
+
+    def body(self) -> bytes:
+        error = orjson.loads(super().body())["error"]
+        return orjson.dumps({"error": {**error, "failed_generation": self.failed_generation}})
+
+
 class OverloadedError(ApiError):
     """The queue is full; the engine knows when to come back."""
 

@@ -58,7 +58,7 @@ class Planner:
         turn_ends = frozenset() if request.ignore_eos else self.model.renderer.stop_token_ids
         room = max(1, self.info.session_len - len(prompt.token_ids))
         sampling = self._sampling(request, request.token_limit or room, request.num_logprobs, turn_ends)
-        rules = await self.outputs.plan(
+        rules, checks = await self.outputs.plan(
             request.wanted_output,
             self._offer(request, choice, tools, tool_names),
             can_reason=self.model.renderer.reasoning_format is not None,
@@ -79,6 +79,7 @@ class Planner:
             opens_in_reasoning=prompt.opens_in_reasoning,
             ends_after_first_call=request.parallel_tool_calls is False,
             rules=rules,
+            checks=checks,
         )
         return _choices(plan, uid, request.n or 1)
 
@@ -94,7 +95,7 @@ class Planner:
         """Return the choices of a completion request: n of the first prompt, then n of the second, ..."""
         self.check_model(request.model)
         sampling = self._sampling(request, max(1, request.token_limit), request.logprobs, frozenset())
-        rules = await self.outputs.plan(request.wanted_output, None, can_reason=False, opens_in_reasoning=False)
+        rules, checks = await self.outputs.plan(request.wanted_output, None, can_reason=False, opens_in_reasoning=False)
         sampling = self._ended_by_rules(sampling, rules)
         num_choices = request.n or 1
         plans: list[ChoicePlan] = []
@@ -114,6 +115,7 @@ class Planner:
                 echo=echo,
                 is_echo_only=request.token_limit == 0,
                 rules=rules,
+                checks=checks,
             )
             plans += _choices(plan, uid, num_choices)
         return plans

@@ -63,7 +63,7 @@ def _generation(operation_id: str, body: dict[str, Any], object_name: str) -> di
     return {
         "operationId": operation_id,
         "requestBody": {"required": True, "content": {"application/json": {"schema": body}}},
-        "responses": {"200": success, **_errors(400, 401, 404, 413, 415, 429, 500, 503)},
+        "responses": {"200": success, **_errors(400, 401, 404, 413, 415, 422, 429, 500, 503)},
     }
 
 
@@ -121,6 +121,7 @@ _ERROR_TEXTS = {
     404: "No such model",
     413: "The body is too large",
     415: "The body is not sent as JSON",
+    422: "The answer breaks a part of its schema that no grammar enforces; failed_generation is its text",
     429: "Too many requests wait; Retry-After says when to try again",
     500: "A bug; the log has the details under the request id",
     503: "The server is draining, or the engine is dead",

@@ -20,10 +20,14 @@ from .errors import BadRequestError, UnsupportedFieldError
 
 
 class OutputFormat(NamedTuple):
-    """What an answer has to be; `make_source` may raise GrammarError, and take as long as the grammar is large."""
+    """What an answer has to be; `make_source` may raise GrammarError, and take as long as the grammar is large.
+
+    `schema` is the JSON Schema of it, where it has one.
+    """
 
     param: str
     make_source: Callable[[], GrammarSource]
+    schema: Any = None
 
 
 def output_format(fields: Mapping[str, Any]) -> OutputFormat | None:
@@ -90,7 +94,7 @@ def _from_structured_outputs(param: str, value: Mapping[str, Any]) -> OutputForm
 def _json(param: str, schema: Any, *, must_be_strict: bool = False) -> OutputFormat:
     if not isinstance(schema, Mapping | bool):
         raise BadRequestError(f"{param} must be a JSON Schema object", param=param)
-    return OutputFormat(param, lambda: json_schema_source(schema, must_be_strict=must_be_strict))
+    return OutputFormat(param, lambda: json_schema_source(schema, must_be_strict=must_be_strict), schema)
 
 
 def _json_or_text(param: str, schema: Any) -> OutputFormat:

@@ -5,27 +5,40 @@ in `output_format.py` and `tool_choice.py`.
 """
 
 import asyncio
+import hashlib
+import json
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 from lmdserve.engine.api import EngineInfo
 from lmdserve.tools.api import ToolFormat
 from lmdserve.tools.call_grammar import CallGrammar, function_names
 from lmdserve.tools.code_call import CODE_TOOL_NAME
 from lmdserve.tools.constraint import ReplyRules, TokenSets
-from lmdserve.tools.grammar import Grammar, GrammarCompiler, GrammarError, GrammarSource, Vocabulary
+from lmdserve.tools.grammar import (
+    Grammar,
+    GrammarCompiler,
+    GrammarError,
+    GrammarSource,
+    Vocabulary,
+    json_schema_source,
+)
 from lmdserve.tools.reasoning import END, START
 
 from .errors import BadRequestError, UnsupportedFieldError
+from .final_check import ReplyChecks
 from .model import ServedModel
 from .output_format import OutputFormat
+from .schema_checker import SchemaChecker
 from .tool_choice import ToolChoice
 
 NUM_THREADS = 2
 COMPILE_LIMIT_S = 20.0  # the limits in `tools/grammar.py` keep compiling below one second; this is for what they miss
+MAX_REMEMBERED = 1024  # schemas of which it is known whether a grammar enforces them
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +62,13 @@ class ToolOffer:
         ]
 
 
+class OutputPlan(NamedTuple):
+    """What answers have to be: what holds for each token, and what is checked when they are whole."""
+
+    rules: ReplyRules | None = None
+    checks: ReplyChecks | None = None
+
+
 class OutputRules:
     """Makes the rules for one model's answers. `close` ends its threads."""
 
@@ -56,6 +76,8 @@ class OutputRules:
         self._model = model
         self._info = info
         self._threads = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="lmdserve-grammar")
+        self._checker = SchemaChecker()
+        self._is_enforced: OrderedDict[bytes, bool] = OrderedDict()  # by a schema's digest
 
     @cached_property
     def end_ids(self) -> frozenset[int]:
@@ -88,10 +110,10 @@ class OutputRules:
 
     async def plan(
         self, wanted: OutputFormat | None, offer: ToolOffer | None, *, can_reason: bool, opens_in_reasoning: bool
-    ) -> ReplyRules | None:
-        """Return the rules of an answer, None where any text will do; raise BadRequestError."""
+    ) -> OutputPlan:
+        """Return what an answer has to be; raise BadRequestError."""
         if wanted is None and offer is None:
-            return None
+            return OutputPlan()
         await asyncio.get_running_loop().run_in_executor(self._threads, lambda: self._sets)  # 0.2 s, the first time
         must_answer = wanted is not None or (offer is not None and offer.choice.is_required)
         think_ids = self._think_ids(is_needed=must_answer) if can_reason else None
@@ -102,17 +124,53 @@ class OutputRules:
             answer = await self._compile(wanted.param, wanted.make_source)
             rules = replace(rules, answer=answer) if rules else ReplyRules(sets=self._sets, answer=answer)
         if rules is None:
-            return None
-        return replace(
+            return OutputPlan()
+        rules = replace(
             rules,
             think_ids=think_ids,
             opens_in_reasoning=opens_in_reasoning and think_ids is not None,
             drops_first_space=self._model.tokenizer.strips_leading_space,
         )
+        return OutputPlan(rules, await self._checks(rules, wanted, offer) if rules.unenforced else None)
 
     def close(self) -> None:
-        """End the threads; what they compile is not waited for."""
+        """End the threads and the checker; what they compile is not waited for."""
         self._threads.shutdown(wait=False, cancel_futures=True)
+        self._checker.close()
+
+    async def _checks(self, rules: ReplyRules, wanted: OutputFormat | None, offer: ToolOffer | None) -> ReplyChecks:
+        """Return the checks that make up for what the grammars leave out; raise BadRequestError."""
+        by_tool: dict[str, str] = {}
+        for position, tool in enumerate(offer.tools if offer is not None else ()):
+            if offer is None or tool not in offer.callable_tools or tool["type"] == CODE_TOOL_NAME:
+                continue
+            schema = json.dumps(tool["function"]["parameters"])
+            if not await self._enforces(tool["function"]["parameters"], schema):
+                await self._refuse_uncheckable(f"tools[{position}]", schema)
+                by_tool[tool["function"]["name"]] = schema
+        answer = None
+        if wanted is not None and wanted.schema is not None and rules.answer is not None and rules.answer.unenforced:
+            answer = json.dumps(wanted.schema)
+            await self._refuse_uncheckable(wanted.param, answer)
+        return ReplyChecks(checker=self._checker, by_tool=by_tool, answer=answer)
+
+    async def _enforces(self, schema: Any, text: str) -> bool:
+        """Return whether a grammar enforces all of a schema."""
+        digest = hashlib.sha256(text.encode()).digest()
+        if digest not in self._is_enforced:
+            grammar = await self._compile("tools", lambda: json_schema_source(schema, must_be_strict=False))
+            self._is_enforced[digest] = not grammar.unenforced
+            if len(self._is_enforced) > MAX_REMEMBERED:
+                self._is_enforced.popitem(last=False)
+        return self._is_enforced[digest]
+
+    async def _refuse_uncheckable(self, param: str, schema: str) -> None:
+        problem = await self._checker.problem(schema, None)
+        if problem is not None:
+            raise BadRequestError(
+                f"{param}: no grammar enforces all of the schema, and what is left cannot be checked: {problem}",
+                param=param,
+            )
 
     def _think_ids(self, *, is_needed: bool) -> tuple[int, int] | None:
         ids = self._control_ids

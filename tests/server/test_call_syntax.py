@@ -51,8 +51,8 @@ async def _constraint(model: ServedModel, choice: ToolChoice, *, is_parallel: bo
         planned = await rules.plan(None, offer, can_reason=False, opens_in_reasoning=False)
     finally:
         rules.close()
-    assert planned is not None
-    return planned.new_constraint()
+    assert planned.rules is not None
+    return planned.rules.new_constraint()
 
 
 def _rendered(model: ServedModel, num_calls: int) -> list[int]:
