@@ -1,4 +1,4 @@
-"""Writes a trained network as a Hugging Face InternLM2 folder: fused wqkv, bf16, two shards, index and configs."""
+"""Writes a trained network as a Hugging Face folder of InternLM2 (fused wqkv) or Llama: bf16, shards, configs."""
 
 import json
 from pathlib import Path
@@ -66,22 +66,51 @@ def from_checkpoint(folder: Path, shape: Shape) -> dict[str, Tensor]:
     return {name: tensor.float() for name, tensor in state.items()}
 
 
+def to_llama_checkpoint(state: dict[str, Tensor], shape: Shape) -> dict[str, Tensor]:
+    """Return the same network under Llama's tensor names, in bf16; q, k and v stay apart."""
+    renamed = {
+        "tok_embeddings.weight": "model.embed_tokens.weight",
+        "norm.weight": "model.norm.weight",
+        "output.weight": "lm_head.weight",
+    }
+    parts = {f"w{part}": f"self_attn.{part}_proj" for part in "qkvo"}
+    parts |= {"w1": "mlp.gate_proj", "w3": "mlp.up_proj", "w2": "mlp.down_proj"}
+    parts |= {"attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
+    for index in range(shape.num_layers):
+        renamed.update(
+            {f"layers.{index}.{own}.weight": f"model.layers.{index}.{theirs}.weight" for own, theirs in parts.items()}
+        )
+    return {renamed[name]: tensor.detach().to("cpu", torch.bfloat16).contiguous() for name, tensor in state.items()}
+
+
 def write_checkpoint(state: dict[str, Tensor], shape: Shape, folder: Path) -> None:
-    """Write shards, index, config.json and generation_config.json."""
+    """Write shards, index, config.json and generation_config.json of an InternLM2 model."""
+    write_shards(to_checkpoint(state, shape), folder)
+    write_json(folder / "config.json", config_json(shape))
+    write_json(
+        folder / "generation_config.json",
+        {"bos_token_id": 1, "eos_token_id": [2, shape.vocab_size - 2], "pad_token_id": 2},
+    )
+
+
+def write_llama_checkpoint(state: dict[str, Tensor], shape: Shape, folder: Path) -> None:
+    """Write shards, index, config.json and generation_config.json of a Llama model."""
+    write_shards(to_llama_checkpoint(state, shape), folder)
+    write_json(folder / "config.json", llama_config_json(shape))
+    write_json(folder / "generation_config.json", {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2})
+
+
+def write_shards(tensors: dict[str, Tensor], folder: Path) -> None:
+    """Write tensors as safetensors files of at most MAX_SHARD_BYTES, and their index."""
     folder.mkdir(parents=True, exist_ok=True)
-    shards = _shards(to_checkpoint(state, shape))
+    shards = _shards(tensors)
     names = [f"model-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
     weight_map = {}
     for name, shard in zip(names, shards, strict=True):
         save_file(shard, folder / name, metadata={"format": "pt"})
         weight_map.update(dict.fromkeys(shard, name))
     total = sum(tensor.nbytes for shard in shards for tensor in shard.values())
-    _write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
-    _write_json(folder / "config.json", config_json(shape))
-    _write_json(
-        folder / "generation_config.json",
-        {"bos_token_id": 1, "eos_token_id": [2, shape.vocab_size - 2], "pad_token_id": 2},
-    )
+    write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
 def _shards(tensors: dict[str, Tensor]) -> list[dict[str, Tensor]]:
@@ -125,5 +154,34 @@ def config_json(shape: Shape) -> dict[str, object]:
     }
 
 
-def _write_json(path: Path, value: object) -> None:
+def llama_config_json(shape: Shape) -> dict[str, object]:
+    """Return the config.json of the same model under Llama's names."""
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "head_dim": shape.head_dim,
+        "hidden_act": "silu",
+        "hidden_size": shape.hidden_size,
+        "initializer_range": 0.02,
+        "intermediate_size": shape.intermediate_size,
+        "max_position_embeddings": shape.max_position_embeddings,
+        "mlp_bias": False,
+        "num_attention_heads": shape.num_heads,
+        "num_hidden_layers": shape.num_layers,
+        "num_key_value_heads": shape.num_kv_heads,
+        "pad_token_id": 2,
+        "rms_norm_eps": shape.rms_norm_eps,
+        "rope_theta": shape.rope_theta,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "use_cache": True,
+        "vocab_size": shape.vocab_size,
+    }
+
+
+def write_json(path: Path, value: object) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

@@ -85,7 +85,7 @@ def read_data_set(name: str, split: Split, data_dir: Path | None) -> list[str]:
     wanted = " or ".join(f"{prefix}*" for prefix in prefixes)
     places = ", ".join(map(str, looked_in)) or f"{_hub_cache()}, which has none of {', '.join(data_set.hub_names)}"
     raise ConfigError(
-        f"there is no local copy of {name} with a file {wanted} (.parquet, .jsonl, .json.gz, .txt); looked in {places}. "
+        f"there is no local copy of {name} with a file {wanted} (.parquet, .jsonl, .txt, .gz); looked in {places}. "
         "Nothing is downloaded: put a copy into a folder and give it as --calib-data-dir, or take a text file"
     )
 
