@@ -18,7 +18,7 @@ from .device_sampler import DeviceSampler, TokenMasks
 from .graphs import DecodeGraphs
 from .kv_cache import KVCache
 from .models.fused_decoder import FusedDecoder, FusedStep, PrefillRows, StepMemory
-from .readback import LogprobReadback, to_device, to_host
+from .readback import LogprobReadback, LogprobReader, to_device, to_host
 from .runner import chunk_result
 from .sampler import NO_CHOICE, NOT_FINITE, Sample
 from .sequence import Sequence
@@ -35,7 +35,7 @@ class CudaStep:
 
     chunks: SequenceOf[Chunk]
     samples: torch.Tensor  # int32 [2, num_samples], pinned: token ids, then 1 where there was one to choose
-    logprobs: LogprobReadback | None  # of the samples whose requests asked
+    logprobs: list[LogprobReadback]  # of the samples whose requests asked
     prompt_logprobs: list[LogprobReadback]
     begun: torch.cuda.Event
     done: torch.cuda.Event
@@ -71,6 +71,7 @@ class CudaRunner:
         )
         self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         self._sampler = DeviceSampler(limits.num_slots, decoder.config.vocab_size, self._device)
+        self._logprobs = LogprobReader(limits.num_slots, decoder.config.vocab_size, self._device)
         self._slots = SlotWriter(decoder.config, memory.tables, self._sampler)
         self._inputs = torch.zeros(limits.max_inputs, dtype=torch.int32, device=self._device)
         self._graphs = DecodeGraphs(decoder, memory, self._inputs, max_rows=limits.max_logit_rows)
@@ -188,7 +189,7 @@ class CudaRunner:
 
     def _sample(
         self, chunks: SequenceOf[Chunk], logits: torch.Tensor, uploaded: _DeviceInputs
-    ) -> tuple[torch.Tensor, LogprobReadback | None]:
+    ) -> tuple[torch.Tensor, list[LogprobReadback]]:
         """Choose the tokens, leave them where the next step looks, and begin to copy them to the host."""
         samples = self._sampler.sample(
             logits,
@@ -199,11 +200,11 @@ class CudaRunner:
             last_token_ids=self._memory.tables.last_token_ids,
         )
         asked = [(row, num_top) for row, num_top in enumerate(_num_logprobs_by_row(chunks)) if num_top is not None]
-        logprobs = None
+        logprobs: list[LogprobReadback] = []
         if asked:
             rows, num_top = zip(*asked, strict=True)
             row_ids = to_device(torch.tensor(rows), self._device)
-            logprobs = LogprobReadback(logits[row_ids], samples[0, row_ids].long(), num_top)
+            logprobs += self._logprobs.begin(logits, row_ids, samples[0, row_ids].long(), num_top)
         return to_host(samples), logprobs
 
     def _masks(self, chunks: SequenceOf[Chunk]) -> TokenMasks | None:
@@ -234,7 +235,8 @@ class CudaRunner:
         for start in range(0, len(targets), limit):
             part = slice(start, start + limit)
             logits = self._decoder.logits(uploaded.step, uploaded.prompt_logprob_rows[part], self._memory)
-            yield LogprobReadback(logits, target_ids[part], num_top[part])
+            rows = torch.arange(len(logits), device=self._device)
+            yield from self._logprobs.begin(logits, rows, target_ids[part], num_top[part])
 
     def _count_time(self, step: CudaStep) -> None:
         self.device_busy_s += step.begun.elapsed_time(step.done) / 1000
@@ -263,7 +265,7 @@ def _num_logprobs_by_row(chunks: SequenceOf[Chunk]) -> Iterator[int | None]:
 def _results(step: CudaStep) -> Iterator[ChunkResult]:
     """Yield the result of each chunk from what has arrived on the host."""
     token_ids, is_valid = step.samples.tolist()
-    logprobs = iter(step.logprobs.read() if step.logprobs is not None else ())
+    logprobs = iter([row for part in step.logprobs for row in part.read()])
     prompt_logprobs = iter([row for part in step.prompt_logprobs for row in part.read()])
     samples = zip(token_ids, is_valid, strict=True)
     for chunk in step.chunks:

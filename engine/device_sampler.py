@@ -18,12 +18,12 @@ from lmdserve.kernels.sampling import draw_tokens, find_best
 from lmdserve.kernels.sampling_thresholds import limit_tokens
 from lmdserve.kernels.sampling_weights import NUM_PARAMETERS, SEED_HASH, sampling_scratch
 
+from .memory_sizes import MOST_COPIED_LOGIT_ROWS
 from .sampler import has_penalties, seed_hash
 from .sequence import Sequence
 from .step import Chunk
 
 _NO_PENALTY_ROW = -1
-_FEWEST_PENALTY_ROWS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +55,8 @@ class _EditedRow(NamedTuple):
 class DeviceSampler:
     """Samples on one device; all calls are enqueued on the current stream, in the order of the steps.
 
-    Memory on the device: about 64 KiB for each row of the largest step, and 4 bytes * vocab_size for each slot that
-    has penalties at the same time, allocated when the first such request comes and doubled as needed.
+    Memory on the device, all allocated at once: about 64 KiB a slot, what each slot has seen (4 bytes * vocab_size),
+    and room for MOST_COPIED_LOGIT_ROWS rows of edited logits.
     """
 
     def __init__(self, num_slots: int, vocab_size: int, device: torch.device) -> None:
@@ -65,10 +65,11 @@ class DeviceSampler:
         self._parameters = torch.zeros((num_slots, NUM_PARAMETERS.value), dtype=torch.float64, device=device)
         self._parameters[:, -1] = _NO_PENALTY_ROW
         self._scratch = sampling_scratch(num_slots, vocab_size, device)
-        self._seen: torch.Tensor | None = None  # int32 [num_penalty_rows, vocab_size], see kernels/logit_edits.py
-        self._free_penalty_rows: list[int] = []
+        self._seen = torch.zeros((num_slots, vocab_size), dtype=torch.int32, device=device)  # kernels/logit_edits.py
+        num_copied_rows = min(num_slots, MOST_COPIED_LOGIT_ROWS)
+        self._edited_logits = torch.empty((num_copied_rows, vocab_size), dtype=torch.float32, device=device)
         # What is known of slots on the host; a slot stays here until its next sequence is admitted.
-        self._penalty_rows: dict[int, int] = {}
+        self._penalized: set[int] = set()
         self._edits: dict[int, _Edits] = {}
         self._drawing: set[int] = set()
         self._limited: set[int] = set()
@@ -128,8 +129,10 @@ class DeviceSampler:
             self._scratch = sampling_scratch(num_rows, self._vocab_size, self._device)
         samples = self._choose(logits, row_slots, output_positions, chunks)
         edited = list(self._edited_rows(chunks, masks))
-        if edited:
-            self._sample_edited(logits, row_slots, output_positions, chunks, edited, masks, samples)
+        most = len(self._edited_logits)
+        for start in range(0, len(edited), most):
+            part = edited[start : start + most]
+            self._sample_edited(logits, row_slots, output_positions, chunks, part, masks, samples)
         if last_token_ids is not None:
             record_tokens(samples[0], row_slots, self._parameters, self._seen, last_token_ids)
         return samples
@@ -161,7 +164,8 @@ class DeviceSampler:
     ) -> None:
         """Choose again for the edited rows, from a copy; a row is valid when it was before and after."""
         rows = self._on_device([edit.row for edit in edited])
-        adjusted, slots = logits.index_select(0, rows), row_slots.index_select(0, rows)
+        adjusted = torch.index_select(logits, 0, rows, out=self._edited_logits[: len(edited)])
+        slots = row_slots.index_select(0, rows)
         self._adjust(adjusted, slots, edited, masks)
         chosen = self._choose(adjusted, slots, output_positions.index_select(0, rows), chunks)
         chosen[1] &= samples[1].index_select(0, rows)
@@ -176,7 +180,7 @@ class DeviceSampler:
         if biases:
             places = torch.cat([token_ids + index * width for index, (token_ids, _) in biases])
             flat.index_add_(0, places, torch.cat([values for _, (_, values) in biases]))
-        if self._seen is not None and any(edit.has_penalties for edit in edited):
+        if any(edit.has_penalties for edit in edited):
             penalize(logits, slots, self._parameters, self._seen)
         bans = [edit.banned + index * width for index, edit in enumerate(edited) if edit.banned is not None]
         if bans:
@@ -189,12 +193,12 @@ class DeviceSampler:
     def _edited_rows(self, chunks: SequenceOf[Chunk] | None, masks: TokenMasks | None) -> Iterator[_EditedRow]:
         """Yield the rows whose logits change, in order."""
         masked = set() if masks is None else set(masks.rows)
-        if chunks is None or not (masked or self._edits or self._penalty_rows):
+        if chunks is None or not (masked or self._edits or self._penalized):
             return
         first_row = 0
         for chunk in chunks:
             slot, count = chunk.sequence.slot, chunk.num_sampled_rows
-            edits, has_penalties = self._edits.get(slot, _NO_EDITS), slot in self._penalty_rows
+            edits, has_penalties = self._edits.get(slot, _NO_EDITS), slot in self._penalized
             for row in range(first_row, first_row + count):
                 is_banned = chunk.sequence.is_stop_banned_at(chunk.output_position + row - first_row)
                 banned = edits.stop_token_ids if is_banned else None
@@ -216,33 +220,17 @@ class DeviceSampler:
 
     def _admit_penalties(self, sequence: Sequence) -> int:
         """Return the row of seen tokens that the slot has from now on, filled with the sequence's tokens."""
-        row = self._penalty_rows.pop(sequence.slot, None)
-        if not has_penalties(sequence.sampling):
-            if row is not None:
-                self._free_penalty_rows.append(row)
+        slot, is_penalized = sequence.slot, has_penalties(sequence.sampling)
+        _set_member(self._penalized, slot, is_penalized)
+        if not is_penalized:
             return _NO_PENALTY_ROW
-        if row is None:
-            row = self._new_penalty_row()
-        self._penalty_rows[sequence.slot] = row
-        assert self._seen is not None
         count = sequence.num_prompt_tokens
         token_ids = self._on_device(sequence.token_ids)
-        seen = self._seen[row].zero_()
+        seen = self._seen[slot].zero_()
         seen.index_fill_(0, token_ids[:count], IN_PROMPT)
         output_ids = token_ids[count:]
         seen.index_add_(0, output_ids, torch.full_like(output_ids, IN_OUTPUT, dtype=torch.int32))
-        return row
-
-    def _new_penalty_row(self) -> int:
-        if not self._free_penalty_rows:
-            old = self._seen
-            count = 0 if old is None else len(old)
-            wanted = max(_FEWEST_PENALTY_ROWS, 2 * count)
-            self._seen = torch.zeros((wanted, self._vocab_size), dtype=torch.int32, device=self._device)
-            if old is not None:
-                self._seen[:count].copy_(old)
-            self._free_penalty_rows.extend(range(count, wanted))
-        return self._free_penalty_rows.pop()
+        return slot
 
     def _on_device(self, numbers: SequenceOf[int]) -> torch.Tensor:
         return self._to_device(torch.tensor(numbers, dtype=torch.int64))

@@ -31,9 +31,10 @@ _MOST_SUMMED_ROWS = 64
 _MOST_ROWS_OF_GATE_UP = 2048
 # kernels/sampling_weights.py
 _SAMPLING_BYTES_PER_ROW = 64 << 10
-# Rows of logits that are copied when requests ask for logprobs or change their logits (engine/readback.py,
-# engine/device_sampler.py).
-_LOGIT_COPIES = 2
+# Rows of logits that are copied together when requests change their logits (engine/device_sampler.py) or ask for
+# logprobs (engine/readback.py): a full batch takes a few turns instead of a buffer of its own size.
+MOST_COPIED_LOGIT_ROWS = 64
+_LOGIT_COPIES = 3  # edited ones; rows that logprobs are asked of, and the logprobs
 
 # Vector loads and descriptors want 16; torch gives 512.
 ARENA_ALIGNMENT_BYTES = 256
@@ -217,9 +218,10 @@ def dequantized_kv_bytes(form: ComputeForm, quant_policy: QuantPolicy) -> int:
 
 
 def sampling_bytes(config: ModelConfig, sizes: StepSizes) -> int:
-    """Return what sampling takes when all slots have penalties and all rows logprobs (engine/device_sampler.py)."""
+    """Return what sampling and logprobs take (engine/device_sampler.py, engine/readback.py)."""
     seen = sizes.num_slots * config.vocab_size * INT_BYTES
-    copies = _LOGIT_COPIES * sizes.max_logit_rows * config.vocab_size * FLOAT_BYTES
+    num_copied_rows = min(sizes.num_slots, MOST_COPIED_LOGIT_ROWS)
+    copies = _LOGIT_COPIES * num_copied_rows * config.vocab_size * FLOAT_BYTES
     return seen + copies + sizes.max_logit_rows * _SAMPLING_BYTES_PER_ROW
 
 

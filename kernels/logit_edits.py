@@ -125,7 +125,6 @@ def _record_kernel(  # type: ignore[no-untyped-def]
     last_token_ids,
     num_rows,
     vocab_size,
-    HAS_SEEN: tl.constexpr,
     COUNT: tl.constexpr,
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
@@ -136,9 +135,8 @@ def _record_kernel(  # type: ignore[no-untyped-def]
     token_ids = tl.load(token_ids + rows, mask=is_row, other=0)
     slots = tl.load(row_slots + rows, mask=is_row, other=0).to(tl.int64)
     tl.store(last_token_ids + slots, token_ids, mask=is_row)
-    if HAS_SEEN:
-        seen_rows = tl.load(parameters + slots * NUM_PARAMETERS + PENALTY_ROW, mask=is_row, other=-1.0).to(tl.int64)
-        tl.atomic_add(seen + seen_rows * vocab_size + token_ids, COUNT, mask=is_row & (seen_rows >= 0), sem="relaxed")
+    seen_rows = tl.load(parameters + slots * NUM_PARAMETERS + PENALTY_ROW, mask=is_row, other=-1.0).to(tl.int64)
+    tl.atomic_add(seen + seen_rows * vocab_size + token_ids, COUNT, mask=is_row & (seen_rows >= 0), sem="relaxed")
     release_next_kernel(PDL)
 
 
@@ -146,7 +144,7 @@ def record_tokens(
     token_ids: torch.Tensor,
     row_slots: torch.Tensor,
     parameters: torch.Tensor,
-    seen: torch.Tensor | None,
+    seen: torch.Tensor,
     last_token_ids: torch.Tensor,
 ) -> None:
     """Leave each row's new token where the next step looks: last_token_ids[slot], and its count in the slot's `seen`.
@@ -159,11 +157,10 @@ def record_tokens(
         token_ids,
         row_slots,
         parameters,
-        last_token_ids if seen is None else seen,
+        seen,
         last_token_ids,
         num_rows,
-        0 if seen is None else seen.shape[1],
-        HAS_SEEN=seen is not None,
+        seen.shape[1],
         COUNT=IN_OUTPUT,
         BLOCK=_RECORD_BLOCK,
         num_warps=4,

@@ -125,7 +125,8 @@ def test_a_slot_forgets_its_last_owner() -> None:
     assert _sample(device_sampler, logits, [_chunk(sequence) for sequence in successors])[0] == wanted
 
 
-def test_more_penalized_slots_than_there_was_room_for_keep_their_counts() -> None:
+def test_more_rows_than_are_copied_at_once_are_edited_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lmdserve.engine.device_sampler.MOST_COPIED_LOGIT_ROWS", 4)
     sequences = [_sequence(slot, EDITED[1], output=[slot, 50, 50]) for slot in range(9)]
     logits = _logits(9, seed=1)
     wanted = [sample.token_id for sample in sampler.sample(logits, sequences)]

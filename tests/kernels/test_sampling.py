@@ -34,7 +34,7 @@ CONSTEXPRS = {
     _thresholds_kernel: (16, {"MOST_PARTS": 128, "BLOCK": 512, "LIST_SIZE": 8192, "LIST_BLOCK": 4096}),
     _draw_kernel: (4, {"TILES": 128, "DRAW_TILES": 4, "BLOCK": 1024}),
     _edit_kernel: (4, {"HAS_SEEN": True, "HAS_MASKS": True, "BLOCK": 1024}),
-    _record_kernel: (4, {"HAS_SEEN": True, "COUNT": 2, "BLOCK": 128}),
+    _record_kernel: (4, {"COUNT": 2, "BLOCK": 128}),
 }  # fmt: skip
 
 
