@@ -22,7 +22,7 @@ _KEPT_ROPE_BASES = 256
 
 
 class Decoder:
-    """A loaded model. `forward` is the only entry; it changes nothing but the KV cache it is given."""
+    """A loaded model. `forward` changes nothing but the KV cache it is given."""
 
     def __init__(
         self,
@@ -39,7 +39,7 @@ class Decoder:
         self._embedding = embedding
         self._layers = layers
         self._final_norm = final_norm
-        self._head = head
+        self.head = head
         # Neither cache refers to the decoder: the weights go as soon as nobody holds it, without a garbage collection.
         frequencies = partial(_frequencies_on, config, self.device)
         self._frequencies = lru_cache(maxsize=_KEPT_ROPE_BASES)(frequencies)
@@ -48,12 +48,19 @@ class Decoder:
     @torch.inference_mode()
     def forward(self, batch: StepBatch, kv_cache: KVCache) -> torch.Tensor:
         """Append the batch's tokens to the cache and return fp32 logits [len(batch.logit_rows), vocab_size]."""
+        return self.head(self.hidden_states(batch, kv_cache))[: len(batch.logit_rows)].float()
+
+    @torch.inference_mode()
+    def hidden_states(self, batch: StepBatch, kv_cache: KVCache) -> torch.Tensor:
+        """Append the batch's tokens to the cache and return what the head multiplies, [num_rows, hidden_size].
+
+        Rows are those of `logit_rows`; on a CPU more may follow that only pad the product.
+        """
         tables = self._step_tables(batch, kv_cache)
         x = self._embedding.index_select(0, self._pad(batch.token_ids))
         for layer in self._layers:
             x = layer(x, tables, kv_cache)
-        rows = self._final_norm(x.index_select(0, self._pad(batch.logit_rows)))
-        return self._head(rows)[: len(batch.logit_rows)].float()
+        return self._final_norm(x.index_select(0, self._pad(batch.logit_rows)))
 
     def _step_tables(self, batch: StepBatch, kv_cache: KVCache) -> StepTables:
         plan = self._planner(kv_cache.num_blocks, kv_cache.block_size).plan(

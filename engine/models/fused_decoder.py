@@ -105,7 +105,7 @@ class FusedDecoder:
         self._embedding = embedding
         self._layers = layers
         self._final_norm = final_norm
-        self._head = head
+        self.head = head
         self._softmax_scale = 1.0 / math.sqrt(config.head_dim)
 
     def first_layer_alone(self) -> "FusedDecoder":
@@ -115,7 +115,7 @@ class FusedDecoder:
             embedding=self._embedding,
             layers=self._layers[:1],
             final_norm=self._final_norm,
-            head=self._head,
+            head=self.head,
         )
 
     @torch.inference_mode()
@@ -134,12 +134,17 @@ class FusedDecoder:
 
         They are in a buffer that the next call overwrites; it has room for `StepLimits.max_logit_rows`.
         """
-        buffers = memory.buffers
         num_rows = step.num_tokens if rows is None else len(rows)
-        x, logits = buffers.head_inputs[:num_rows], buffers.logits[:num_rows]
-        rms_norm(buffers.residual[: step.num_tokens], self._final_norm, self.config.rms_norm_eps, x, rows=rows)
-        self._head.store(x, logits, deterministic=step.is_deterministic)
+        x, logits = memory.buffers.head_inputs[:num_rows], memory.buffers.logits[:num_rows]
+        self.hidden_states(step, rows, memory, x)
+        self.head.store(x, logits, deterministic=step.is_deterministic)
         return logits
+
+    @torch.inference_mode()
+    def hidden_states(self, step: FusedStep, rows: torch.Tensor | None, memory: StepMemory, out: torch.Tensor) -> None:
+        """Write what the head multiplies to `out`, [num_rows, hidden_size]; rows as in `logits`."""
+        residual = memory.buffers.residual[: step.num_tokens]
+        rms_norm(residual, self._final_norm, self.config.rms_norm_eps, out, rows=rows)
 
     def _attend(self, layer: FusedLayer, step: FusedStep, memory: StepMemory) -> None:
         """Add the attention block of one layer to the residual."""
