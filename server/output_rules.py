@@ -11,7 +11,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 from lmdserve.engine.api import EngineInfo
@@ -86,6 +86,10 @@ class OutputRules:
         ends = self._info.eos_token_ids | tokenizer.eos_token_ids | self._model.renderer.stop_token_ids
         return frozenset(token_id for token_id in ends if 0 <= token_id < self._info.vocab_size)
 
+    @property
+    def _drops_space(self) -> bool:
+        return self._model.tokenizer.strips_leading_space
+
     @cached_property
     def _sets(self) -> TokenSets:
         return TokenSets(self._compiler.vocabulary)
@@ -122,15 +126,10 @@ class OutputRules:
             rules = await self._rules_for_calls(offer, has_format=wanted is not None)
         if wanted is not None:
             answer = await self._compile(wanted.param, wanted.make_source)
-            rules = replace(rules, answer=answer) if rules else ReplyRules(sets=self._sets, answer=answer)
+            rules = replace(rules or ReplyRules(sets=self._sets), answer=answer, drops_first_space=self._drops_space)
         if rules is None:
             return OutputPlan()
-        rules = replace(
-            rules,
-            think_ids=think_ids,
-            opens_in_reasoning=opens_in_reasoning and think_ids is not None,
-            drops_first_space=self._model.tokenizer.strips_leading_space,
-        )
+        rules = replace(rules, think_ids=think_ids, opens_in_reasoning=opens_in_reasoning and think_ids is not None)
         return OutputPlan(rules, await self._checks(rules, wanted, offer) if rules.unenforced else None)
 
     def close(self) -> None:
@@ -196,12 +195,19 @@ class OutputRules:
                     param="tool_choice",
                 )
             openers = frozenset(ids[text] for text in offer.tool_format.call_openers if text in ids)
-            calls = await self._compile_calls(offer, grammar, has_opener=True)
-            return ReplyRules(sets=self._sets, answer=calls, openers=openers)
+            calls = await self._compile_calls(offer, partial(CallGrammar.source, has_opener=True), grammar)
+            return ReplyRules(sets=self._sets, answer=calls, openers=openers, drops_first_space=self._drops_space)
         opener = ids.get(syntax.opener)
         if syntax.opener and opener is None:
-            self._refuse_unenforceable(offer, has_format=has_format)
-            return None
+            if has_format:
+                raise UnsupportedFieldError(
+                    "response_format beside tools is not possible with this model, which spells the tags of its calls: "
+                    'an answer may hold them too; send one of them, or tool_choice: "none"',
+                    param="response_format",
+                )
+            return ReplyRules(
+                sets=self._sets, answer=await self._compile_calls(offer, CallGrammar.source_in_text, grammar)
+            )
         has_code = offer.has_builtin or any(tool["type"] == CODE_TOOL_NAME for tool in tools)
         if not syntax.opener and has_format:
             raise UnsupportedFieldError(
@@ -211,7 +217,7 @@ class OutputRules:
             )
         if not syntax.opener and all(tool["type"] == CODE_TOOL_NAME for tool in tools):
             return None  # nothing of its calls has a schema
-        calls = await self._compile_calls(offer, grammar, has_opener=False)
+        calls = await self._compile_calls(offer, partial(CallGrammar.source, has_opener=False), grammar)
         code_opener = ids.get(syntax.code_opener)
         side = frozenset() if code_opener is None else frozenset({code_opener})
         return ReplyRules(
@@ -222,20 +228,11 @@ class OutputRules:
             calls_open_with_bracket=not syntax.opener,
         )
 
-    def _refuse_unenforceable(self, offer: ToolOffer, *, has_format: bool) -> None:
-        """Refuse what needs to know where a call begins, for a model that spells the beginning as text."""
-        strict = any(tool.get("function", {}).get("strict") for tool in offer.tools)
-        if strict or has_format or offer.choice.names is not None:
-            what = "strict tools" if strict else "response_format beside tools" if has_format else "allowed_tools"
-            raise UnsupportedFieldError(
-                f'{what} cannot be enforced under tool_choice "auto" with this model, whose calls begin with no token '
-                'of their own; use tool_choice "required" or a named function',
-                param="tools",
-            )
-
-    async def _compile_calls(self, offer: ToolOffer, grammar: CallGrammar, *, has_opener: bool) -> Grammar:
+    async def _compile_calls(
+        self, offer: ToolOffer, make_source: Callable[[CallGrammar], GrammarSource], grammar: CallGrammar
+    ) -> Grammar:
         try:
-            return await self._compile("tools", lambda: grammar.source(has_opener=has_opener))
+            return await self._compile("tools", lambda: make_source(grammar))
         except BadRequestError:
             for position, tool in enumerate(offer.tools):  # name the tool at fault
                 if tool in grammar.tools:

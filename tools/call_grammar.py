@@ -40,6 +40,22 @@ class CallGrammar:
         if has_code and syntax.code_opener and has_opener:
             code = f"{self._literal(syntax.code_opener)} CODE\n"
             start = f"{start.rstrip()} | {code}" if self._functions() else f"start: {code}"
+        return self._source_from(start)
+
+    def source_in_text(self) -> GrammarSource:
+        """Return the source of a whole reply, free text with calls in it, for an opener that is spelled as text."""
+        opener = lark_text(self.syntax.opener)
+        return self._source_from(
+            f"start: (lead call){'*' if self.is_parallel else '?'} TAIL\n"
+            f"lead[lazy]: TEXT {opener}\n"
+            "TEXT: /(?s:.*)/\n"
+            f"TAIL: TEXT & ~(TEXT {opener} TEXT)\n"
+        )
+
+    def _source_from(self, start: str) -> GrammarSource:
+        """Return the source of what `start` says about calls."""
+        syntax = self.syntax
+        has_code = any(tool["type"] == CODE_TOOL_NAME for tool in self.tools)
         names = [f"call_{index}" for index, _ in enumerate(self._functions())]
         if has_code and syntax.before_code is not None:
             names.append("code")

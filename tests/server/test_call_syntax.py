@@ -14,7 +14,7 @@ from lmdserve.server.tool_choice import ToolChoice
 from lmdserve.tools.constraint import ReplyConstraint
 from lmdserve.tools.schema import normalize_tools
 
-NAMES = ("qwen", "qwen without tools", "llama", "mistral", "internlm2")
+NAMES = ("qwen", "qwen without tools", "hermes, spelled", "llama", "mistral", "internlm2")
 TOOLS = normalize_tools([tool("weather", CITY), tool("add", None)])
 USER = {"role": "user", "content": "Hi"}
 

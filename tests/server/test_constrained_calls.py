@@ -28,7 +28,7 @@ MODELS = TOY_MODELS | {
         _MISTRAL, control_tokens={t: True for t in _MISTRAL.control_tokens if t not in ("[ARGS]", "[CALL_ID]")}
     )
 }
-NAMES = ("qwen", "qwen without tools", "llama", "mistral", "mistral, list", "internlm2")
+NAMES = ("qwen", "qwen without tools", "hermes, spelled", "llama", "mistral", "mistral, list", "internlm2")
 USER = {"role": "user", "content": "Hi"}
 NUM_REQUESTS = 12  # of each format and tool_choice, with four tools each
 
@@ -45,7 +45,8 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ServedModel]:
 @asynccontextmanager
 async def _serving(served: dict[str, ServedModel], name: str, seed: int = 0) -> AsyncIterator[Any]:
     toy: ToyModel = MODELS[name]
-    engine = SamplingEngine(NUM_BYTES + len(toy.control_tokens), toy.ids(toy.turn_end), seed=seed)
+    opener = b"<tool_call>" if name == "hermes, spelled" else b""
+    engine = SamplingEngine(NUM_BYTES + len(toy.control_tokens), toy.ids(toy.turn_end), seed=seed, opener=opener)
     async with running(engine, served[name]) as url, aiohttp.ClientSession(url) as session:
 
         async def post(*, status: int = 200, **fields: Any) -> Any:

@@ -11,6 +11,7 @@ from pathlib import Path
 from tokenizers.pre_tokenizers import ByteLevel
 
 from lmdserve.engine.api import Chunk, FinishReason
+from lmdserve.tools.hermes import CHAT_TEMPLATE as HERMES_TEMPLATE
 
 # In the manner of Qwen3, which writes and takes reasoning; `opens` is a variable to play models that begin inside it.
 QWEN_TEMPLATE = """\
@@ -105,6 +106,12 @@ TOY_MODELS = {
     "qwen": ToyModel(model_type="qwen3", control_tokens=_QWEN_TOKENS, turn_end="<|im_end|>", template=QWEN_TEMPLATE),
     "qwen without tools": ToyModel(
         model_type="qwen2", control_tokens=_QWEN_TOKENS, turn_end="<|im_end|>", template=CHATML_TEMPLATE
+    ),
+    "hermes, spelled": ToyModel(  # in the manner of models that were taught the format without tokens for its tags
+        model_type="mistral",
+        control_tokens=_tokens("<|im_start|> <|im_end|>"),
+        turn_end="<|im_end|>",
+        template=HERMES_TEMPLATE,
     ),
     "llama": ToyModel(
         model_type="llama",
