@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from lmdserve.engine.api import EngineInfo
 from lmdserve.tools.api import ToolFormat
-from lmdserve.tools.call_grammar import CallGrammar, function_names
+from lmdserve.tools.call_grammar import CallGrammar, either, function_names, is_never_a_call
 from lmdserve.tools.code_call import CODE_TOOL_NAME
 from lmdserve.tools.constraint import ReplyRules, TokenSets
 from lmdserve.tools.grammar import (
@@ -121,34 +121,39 @@ class OutputRules:
         await asyncio.get_running_loop().run_in_executor(self._threads, lambda: self._sets)  # 0.2 s, the first time
         must_answer = wanted is not None or (offer is not None and offer.choice.is_required)
         think_ids = self._think_ids(is_needed=must_answer) if can_reason else None
-        rules: ReplyRules | None = None
-        if offer is not None:
-            rules = await self._rules_for_calls(offer, has_format=wanted is not None)
-        if wanted is not None:
-            answer = await self._compile(wanted.param, wanted.make_source)
-            rules = replace(rules or ReplyRules(sets=self._sets), answer=answer, drops_first_space=self._drops_space)
+        answer = None if wanted is None else await self._compile(wanted.param, wanted.make_source)
+        rules = None if offer is None else await self._rules_for_calls(offer, wanted)
+        if answer is not None and (rules is None or rules.answer is None):
+            rules = rules or ReplyRules(sets=self._sets)
+            rules = replace(rules, answer=answer, drops_first_space=self._drops_space)
         if rules is None:
             return OutputPlan()
         rules = replace(rules, think_ids=think_ids, opens_in_reasoning=opens_in_reasoning and think_ids is not None)
-        return OutputPlan(rules, await self._checks(rules, wanted, offer) if rules.unenforced else None)
+        return OutputPlan(rules, await self._checks(rules, wanted, offer))
 
     def close(self) -> None:
         """End the threads and the checker; what they compile is not waited for."""
         self._threads.shutdown(wait=False, cancel_futures=True)
         self._checker.close()
 
-    async def _checks(self, rules: ReplyRules, wanted: OutputFormat | None, offer: ToolOffer | None) -> ReplyChecks:
+    async def _checks(
+        self, rules: ReplyRules, wanted: OutputFormat | None, offer: ToolOffer | None
+    ) -> ReplyChecks | None:
         """Return the checks that make up for what the grammars leave out; raise BadRequestError."""
+        must_call = offer is not None and offer.choice.is_required
+        may_turn_out_an_answer = wanted is not None and offer is not None and not must_call and rules.calls is None
+        if not rules.unenforced and not may_turn_out_an_answer:
+            return None
         by_tool: dict[str, str] = {}
         for position, tool in enumerate(offer.tools if offer is not None else ()):
             if offer is None or tool not in offer.callable_tools or tool["type"] == CODE_TOOL_NAME:
                 continue
             schema = json.dumps(tool["function"]["parameters"])
-            if not await self._enforces(tool["function"]["parameters"], schema):
+            if may_turn_out_an_answer or not await self._enforces(tool["function"]["parameters"], schema):
                 await self._refuse_uncheckable(f"tools[{position}]", schema)
                 by_tool[tool["function"]["name"]] = schema
         answer = None
-        if wanted is not None and wanted.schema is not None and rules.answer is not None and rules.answer.unenforced:
+        if wanted is not None and wanted.schema is not None and not must_call and rules.unenforced:
             answer = json.dumps(wanted.schema)
             await self._refuse_uncheckable(wanted.param, answer)
         return ReplyChecks(checker=self._checker, by_tool=by_tool, answer=answer)
@@ -183,38 +188,38 @@ class OutputRules:
             )
         return None
 
-    async def _rules_for_calls(self, offer: ToolOffer, *, has_format: bool) -> ReplyRules | None:
+    async def _rules_for_calls(self, offer: ToolOffer, wanted: OutputFormat | None) -> ReplyRules | None:
+        """Return the rules that make calls what they have to be; some hold the answer to what is `wanted` too."""
         syntax, ids = offer.tool_format.call_syntax, self._control_ids
         tools = offer.callable_tools
         is_parallel = offer.is_parallel and not offer.choice.is_single
         grammar = CallGrammar(syntax=syntax, tools=tools, control_ids=ids, is_parallel=is_parallel)
         if offer.choice.is_required:
-            if has_format:
-                raise BadRequestError(
-                    "response_format says what the answer has to be, and tool_choice that it is a call; send one",
-                    param="tool_choice",
-                )
             openers = frozenset(ids[text] for text in offer.tool_format.call_openers if text in ids)
             calls = await self._compile_calls(offer, partial(CallGrammar.source, has_opener=True), grammar)
             return ReplyRules(sets=self._sets, answer=calls, openers=openers, drops_first_space=self._drops_space)
         opener = ids.get(syntax.opener)
         if syntax.opener and opener is None:
-            if has_format:
+            if wanted is not None:
                 raise UnsupportedFieldError(
-                    "response_format beside tools is not possible with this model, which spells the tags of its calls: "
+                    f"{wanted.param} beside tools is not possible with this model, which spells the tags of its calls: "
                     'an answer may hold them too; send one of them, or tool_choice: "none"',
-                    param="response_format",
+                    param=wanted.param,
                 )
             return ReplyRules(
                 sets=self._sets, answer=await self._compile_calls(offer, CallGrammar.source_in_text, grammar)
             )
         has_code = offer.has_builtin or any(tool["type"] == CODE_TOOL_NAME for tool in tools)
-        if not syntax.opener and has_format:
-            raise UnsupportedFieldError(
-                "response_format beside tools is not possible with this model, whose calls are JSON as well; "
-                'send one of them, or tool_choice: "none"',
-                param="response_format",
-            )
+        if not syntax.opener and wanted is not None:
+            if has_code or not is_never_a_call(wanted.schema):
+                raise UnsupportedFieldError(
+                    f"{wanted.param} beside tools is possible with this model, whose calls are JSON as well, only as "
+                    'the schema of an object that requires a property that calls lack (such as "answer"), and without '
+                    'tools that take code; send one of them, or tool_choice: "none"',
+                    param=wanted.param,
+                )
+            calls = await self._compile_calls(offer, lambda grammar: _either(wanted, grammar), grammar)
+            return ReplyRules(sets=self._sets, answer=calls, drops_first_space=self._drops_space)
         if not syntax.opener and all(tool["type"] == CODE_TOOL_NAME for tool in tools):
             return None  # nothing of its calls has a schema
         calls = await self._compile_calls(offer, partial(CallGrammar.source, has_opener=False), grammar)
@@ -256,3 +261,7 @@ class OutputRules:
             ) from error
         except RecursionError as error:
             raise BadRequestError(f"{param}: it is nested too deeply; flatten it", param=param) from error
+
+
+def _either(wanted: OutputFormat, calls: CallGrammar) -> GrammarSource:
+    return either(wanted.make_source(), calls.source(has_opener=False))

@@ -13,6 +13,7 @@ from typing import Any
 from .call_syntax import CallSyntax
 from .code_call import CODE_TOOL_NAME
 from .grammar import GrammarError, GrammarSource, lark_text, schema_terms
+from .json_call import CALL_KEYS
 
 _PLAIN_NAME = re.compile(r"[\w.-]+")
 
@@ -97,6 +98,28 @@ class CallGrammar:
         return " ".join(
             f"<[{self.control_ids[part]}]>" if part in self.control_ids else lark_text(part) for part in parts if part
         )
+
+
+def either(answer: GrammarSource, calls: GrammarSource) -> GrammarSource:
+    """Return the source of a reply that is an answer or calls; both sources are in Lark's notation."""
+
+    def joined(answer_text: str, calls_text: str) -> str:
+        parts = {"reply": "start: @answer | @calls\n", "answer": answer_text, "calls": calls_text}
+        return json.dumps({"grammars": [{"name": name, "lark_grammar": text} for name, text in parts.items()]})
+
+    strict = joined(answer.text, calls.text)
+    lenient = joined(answer.lenient_text or answer.text, calls.lenient_text or calls.text)
+    return GrammarSource(strict, None if lenient == strict else lenient)
+
+
+def is_never_a_call(schema: Any) -> bool:
+    """Return whether nothing that obeys a schema can be taken for a call written as a JSON object."""
+    if not isinstance(schema, Mapping):
+        return False
+    if schema.get("type") == "object":
+        required = schema.get("required")
+        return isinstance(required, list) and any(name not in CALL_KEYS for name in required)
+    return schema.get("type") in ("string", "number", "integer", "boolean", "null")
 
 
 def function_names(tools: Collection[Mapping[str, Any]]) -> list[str]:

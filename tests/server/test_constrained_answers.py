@@ -129,8 +129,31 @@ async def test_an_answer_of_a_format_or_a_call(served: dict[str, ServedModel]) -
                 assert message["content"] in ("1", "2")
                 kinds.add("answer")
         assert kinds == {"call", "answer"}
-        error = await post(tools=[tool("f", CITY)], tool_choice="required", choice=["a"], status=400)
-        assert error["error"]["param"] == "tool_choice"
+        reply = await post(tools=[tool("f", CLOSED_CITY)], tool_choice="required", choice=["a"])
+        assert reply["choices"][0]["message"]["content"] is None, "there is no answer that the format could be about"
+
+
+async def test_an_answer_of_a_format_or_a_call_where_both_are_json(served: dict[str, ServedModel]) -> None:
+    answer = {"type": "integer", "minimum": 0, "maximum": 9}
+    properties = {"name": {"enum": ["f"]}, "parameters": {"type": "object", "maxProperties": 0}, "answer": answer}
+    schema = {"type": "object", "properties": properties, "required": ["answer"], "additionalProperties": False}
+    kinds = set()
+    async with _serving(served, "llama") as post:
+        for number in range(40):
+            wanted = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+            reply = await post(tools=[tool("f", CLOSED_CITY)], response_format=wanted, n=1 + number % 2)
+            for choice in reply["choices"]:
+                message = choice["message"]
+                kinds.add(choice["finish_reason"])
+                if choice["finish_reason"] == "tool_calls":
+                    assert message["content"] is None
+                    jsonschema.validate(json.loads(message["tool_calls"][0]["function"]["arguments"]), CLOSED_CITY)
+                else:
+                    jsonschema.validate(json.loads(message["content"]), schema)
+        assert kinds == {"tool_calls", "stop"}
+        for fields in ({"response_format": {"type": "json_object"}}, {"regex": "[0-9]+"}):
+            error = await post(tools=[tool("f", CLOSED_CITY)], status=400, **fields)
+            assert "tool_choice" in error["error"]["message"]
 
 
 async def test_code_and_calls_side_by_side(served: dict[str, ServedModel]) -> None:
