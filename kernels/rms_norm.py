@@ -53,11 +53,12 @@ def _rms_norm_kernel(  # type: ignore[no-untyped-def]
     if HAS_ROWS:
         source = tl.load(rows + row).to(tl.int64)
     source_row = x + source * x_stride
-    columns = tl.arange(0, BLOCK)
+    # A second axis keeps the layout of the sum, and so the order of its additions, apart from how parts are written.
+    columns = tl.arange(0, BLOCK)[None, :]
     values = tl.load(source_row + columns, mask=columns < num_columns, other=0.0).to(tl.float32)
-    inverse = 1.0 / tl.sqrt(tl.sum(values * values, axis=0) / num_columns + eps)
+    inverse = 1.0 / tl.sqrt(tl.sum(values * values, axis=1) / num_columns + eps)
     if PART_BLOCK == BLOCK:
-        normalized = values * inverse
+        normalized = values.reshape(BLOCK) * inverse
     else:
         normalized = tl.load(source_row + part, mask=is_ours, other=0.0).to(tl.float32) * inverse
     tl.store(out + row * out_stride + part, (normalized * scale).to(out.dtype.element_ty), mask=is_ours)

@@ -1,5 +1,7 @@
 """Deterministic answers on a CUDA device: the same tokens and logprobs, bit by bit, whatever runs beside them."""
 
+import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -44,6 +46,21 @@ def test_an_answer_among_32_others_is_the_answer_alone(model: Path, quant_policy
     rounds = run_engine(config, together, alone).rounds
     assert bits(rounds[0][5]) == bits(rounds[1][0])
     assert bits(rounds[0][5]) == bits(rounds[0][21])  # the same prompt, elsewhere in the batch
+
+
+def test_a_wide_model_s_answers_are_the_same_bits_in_any_company(tmp_path: Path) -> None:
+    """At a real model's widths a kernel has another form for few rows than for many, as the demo model's have not."""
+    script = benchmark_script("random_model")
+    script.write_model(replace(script.SHAPES["internlm2.5-7b"], num_layers=2), "awq", tmp_path / "wide")
+    numbers = random.Random(1)
+    lengths = (700, 3, 1, 65, 17, 900) + (300, 40) * 12
+    prompts = [[numbers.randrange(3, 90000) for _ in range(length)] for length in lengths]
+    config = config_for(tmp_path / "wide", 4, enable_prefix_caching=False)
+    together, few = make_requests(prompts, GREEDY, label="a"), make_requests(prompts[:3], GREEDY, label="b")
+    rounds = run_engine(config, together, few).rounds
+    pieces = run_engine(replace(config, max_prefill_token_num=333), make_requests(prompts, GREEDY)).rounds[0]
+    assert list(map(bits, rounds[1])) == list(map(bits, rounds[0][:3]))
+    assert list(map(bits, pieces)) == list(map(bits, rounds[0]))
 
 
 @pytest.mark.parametrize("quant_policy", [0, 4])

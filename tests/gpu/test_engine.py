@@ -149,6 +149,19 @@ def test_many_requests_come_and_go_in_a_small_pool() -> None:
     assert common_prefix_share(begun, expected) >= 0.75
 
 
+def test_six_sequences_at_once_answer_as_many_do() -> None:
+    """They end one by one, so five or six decode rows, padded to eight, stand beside the next one's prompt."""
+    requests = [
+        replace(request, sampling=greedy(12 + 5 * index))
+        for index, request in enumerate(make_requests(chat_prompts(), greedy(1)))
+    ]
+    ours = run_engine(replace(config_for(DEMO, "cuda", 4, "float16"), max_batch_size=6), requests).rounds[0]
+    assert [len(answer.token_ids) for answer in ours] == [request.sampling.max_tokens for request in requests]
+    expected = [a.token_ids[: len(b.token_ids)] for a, b in zip(answers(DEMO, "cuda", 4, "float16"), ours, strict=True)]
+    begun = [Answer(answer.token_ids[:NUM_TOKENS]) for answer in ours]
+    assert common_prefix_share(begun, list(map(Answer, expected))) >= 0.75
+
+
 def test_guessed_tokens_change_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     """Guesses are made wherever there is one, right or wrong, for as many sequences as guessing is ever on for."""
     monkeypatch.setattr(speculation, "MIN_ACCEPTED", 0.0)

@@ -31,9 +31,22 @@ def test_rms_norm_and_clearing(dtype: torch.dtype, num_rows: int, num_columns: i
     wanted = reference.rms_norm(x, weight.float(), 1e-5)
     torch.testing.assert_close(out.float(), wanted, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
     assert not zero.any()
-    alone = _poisoned(1, num_columns, dtype=dtype)
-    rms_norm(x, weight, 1e-5, alone, rows=torch.tensor([num_rows - 1], dtype=torch.int32, device="cuda"))
-    assert torch.equal(alone[0], out[-1]), "a row has the same bits in any company"
+
+
+@pytest.mark.parametrize("num_columns", [384, 2048, 4096, 5120, 6144, 8192])
+def test_rms_norm_gives_a_row_the_same_bits_in_any_company(num_columns: int) -> None:
+    """However many programs share a row. The layout of the sum once followed that of what was written: a unit in the
+    last place of the sum, which one output in some thousands shows."""
+    x = torch.randn(400, num_columns, device="cuda", generator=torch.Generator("cuda").manual_seed(1)) * 30
+    weight = torch.randn(num_columns, device="cuda").half()
+    together = _poisoned(400, num_columns, dtype=torch.float16)
+    rms_norm(x, weight, 1e-5, together)
+    for num_rows in (1, 10, 30, 60, 100):  # 8, 8, 4, 2 and 1 programs a row
+        rows = torch.arange(400, dtype=torch.int32, device="cuda").split(num_rows)
+        apart = [_poisoned(len(part), num_columns, dtype=torch.float16) for part in rows]
+        for part, out in zip(rows, apart, strict=True):
+            rms_norm(x, weight, 1e-5, out, rows=part)
+        assert torch.equal(torch.cat(apart), together)
 
 
 def test_rotary_tables_far_out() -> None:

@@ -1,10 +1,11 @@
 """RMS normalization against torch's own, part by part and row by row; the clearing of the next buffer."""
 
 import math
+import re
 
 import pytest
 import torch
-from offline_compile import assert_fits, compile_for_all
+from offline_compile import CompiledKernel, assert_fits, compile_for_all
 
 from lmdserve.kernels import reference
 from lmdserve.kernels.rms_norm import _rms_norm_kernel, rms_norm
@@ -86,9 +87,8 @@ def test_shapes_that_do_not_fit_are_refused(device: torch.device) -> None:
         rms_norm(x, weight, 1e-5, torch.empty(64, 2, device=device).T)
 
 
-@pytest.mark.parametrize(("num_columns", "num_parts"), [(4096, 8), (4096, 1), (8192, 1)])
-def test_it_compiles_for_every_architecture(num_columns: int, num_parts: int) -> None:
-    compiled = compile_for_all(
+def _compiled(num_columns: int, num_parts: int) -> dict[int, CompiledKernel]:
+    return compile_for_all(
         _rms_norm_kernel,
         {
             "x": "*fp32", "weight": "*fp16", "out": "*fp16", "rows": "*i32", "zero": "*fp32",
@@ -102,5 +102,25 @@ def test_it_compiles_for_every_architecture(num_columns: int, num_parts: int) ->
         num_warps=8,
         wants_sass=True,
     )  # fmt: skip
-    for kernel in compiled.values():
+
+
+def _layout_of_the_sum(kernel: CompiledKernel) -> str:
+    """Return which lane and register has which number, and with it the order that they are added in."""
+    summed = re.search(r'"tt\.reduce"\(.*?\}\) : \(tensor<\w+, (#\w+)>\)', kernel.ttgir, re.DOTALL)
+    assert summed is not None
+    layout = re.search(rf"^{summed[1]} = (.*)$", kernel.ttgir, re.MULTILINE)
+    assert layout is not None
+    return layout[1]
+
+
+def test_it_compiles_for_every_architecture() -> None:
+    for kernel in _compiled(8192, 1).values():
         assert_fits(kernel)
+
+
+def test_a_row_is_summed_in_one_order_however_many_programs_share_it() -> None:
+    alone, shared = _compiled(4096, 1), _compiled(4096, 8)
+    for arch, kernel in alone.items():
+        assert_fits(kernel)
+        assert_fits(shared[arch])
+        assert _layout_of_the_sum(kernel) == _layout_of_the_sum(shared[arch])
