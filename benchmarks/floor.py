@@ -67,7 +67,7 @@ class Floor:
 
     def _products_s(self, num_rows: int) -> float:
         quantization = self.model.quantization
-        bits = 16.0 if quantization is None else 4 + (16 + 4) / quantization.group_size
+        bits = 16.0 if quantization is None else 4 + (16 + 4) / quantization.schemes[0].group_size
         return self._product_s(self.linear_weights, bits / 8, num_rows)
 
     def _head_s(self, num_rows: int) -> float:

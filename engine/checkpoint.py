@@ -6,6 +6,7 @@ Owns the reading of safetensors and of pytorch .bin files (weights only: no pick
 import json
 import pickle
 from collections.abc import Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +33,16 @@ class Checkpoint:
 
     def tensor_names(self) -> list[str]:
         """Return the names of all tensors; no weight is read for it."""
-        names: list[str] = []
-        for file in self._files:
-            names.extend(self._open_safetensors(file).keys() if self._is_safetensors else _load_bin(file))
-        return names
+        return list(self._file_of)
+
+    def read(self, name: str) -> torch.Tensor | None:
+        """Return one tensor on the CPU; None when there is none of this name."""
+        file = self._file_of.get(name)
+        if file is None:
+            return None
+        opened = self._opened[file]
+        tensor: torch.Tensor = opened.get_tensor(name) if self._is_safetensors else opened[name]
+        return tensor
 
     def tensors(self, device: torch.device, *, into: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield each tensor once: on a GPU where it is going to be used, else memory-mapped from its file.
@@ -45,13 +52,21 @@ class Checkpoint:
         if self._is_safetensors and device.type == "cuda":
             yield from read_to_device([tensor for file in self._files for tensor in stored_tensors(file)], device, into)
             return
-        for file in self._files:
+        for opened in self._opened.values():
             if self._is_safetensors:
-                opened = self._open_safetensors(file)
                 for name in opened.offset_keys():
                     yield name, opened.get_tensor(name)
             else:
-                yield from _load_bin(file).items()
+                yield from opened.items()
+
+    @cached_property
+    def _opened(self) -> dict[Path, Any]:
+        """Every file, as safetensors' handle or as the dictionary of a .bin."""
+        return {file: self._open_safetensors(file) if self._is_safetensors else _load_bin(file) for file in self._files}
+
+    @cached_property
+    def _file_of(self) -> dict[str, Path]:
+        return {name: file for file, opened in self._opened.items() for name in opened.keys()}  # noqa: SIM118, a handle
 
     def _open_safetensors(self, file: Path) -> Any:  # safe_open has no annotations
         try:

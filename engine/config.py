@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from .api import ConfigError
 
-ModelFormat = Literal["auto", "hf", "awq", "gptq"]
+ModelFormat = Literal["auto", "hf", "awq", "gptq", "compressed-tensors"]
 QuantPolicy = Literal[0, 4, 8]
 HeadBits = Literal[16, 8]
 Speculation = Literal["ngram", "off"]

@@ -10,10 +10,12 @@ from lmdserve.kernels.w4a16_workspace import Workspace
 from .assembly import LayerParts
 from .config import HeadBits
 from .fused_linear import CublasLinear, FusedLinear, Head, Int8Head, PackedLinear, UnpackedLinear
-from .linear import DenseLinear, FourBitLinear, Linear, SharedLinear
-from .memory_sizes import ComputeForm, arena_bytes
+from .linear import DenseLinear, FourBitLinear, JoinedLinear, Linear, ReorderedLinear, SharedLinear
+from .memory_sizes import ComputeForm, arena_bytes, most_gathered_inputs
 from .model_config import ModelConfig
 from .models.fused_decoder import FusedDecoder, FusedLayer
+from .reordered_linear import GatheredLinear, gather_scratch
+from .reordered_linear import JoinedLinear as FusedJoinedLinear
 from .weight_arena import WeightArena
 
 
@@ -23,6 +25,7 @@ class FusedAssembly:
     def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device, lm_head_bits: HeadBits) -> None:
         self._lm_head_bits = lm_head_bits
         self._workspace = Workspace(device)
+        self._gather_scratch = gather_scratch(most_gathered_inputs(config), dtype, device)
         self._arena = WeightArena(arena_bytes(config, ComputeForm(dtype.itemsize, is_fused=True)), device)
 
     def linear(self, linear: Linear) -> FusedLinear:
@@ -52,6 +55,11 @@ class FusedAssembly:
         )
 
     def _fuse(self, linear: Linear, *, interleave_halves: bool) -> FusedLinear:
+        if isinstance(linear, ReorderedLinear):
+            inner = self._fuse(linear.linear, interleave_halves=interleave_halves)
+            return GatheredLinear(inner, self._arena.place(linear.order), self._gather_scratch)
+        if isinstance(linear, JoinedLinear):
+            return FusedJoinedLinear([self._fuse(part, interleave_halves=False) for part in linear.linears])
         assert isinstance(linear, DenseLinear | FourBitLinear), "the kinds of linear that layers have"
         if isinstance(linear, DenseLinear):
             return CublasLinear(self._arena.place(linear.weight), self._placed(linear.bias))

@@ -6,7 +6,7 @@ Measured for float32 with AVX2, AVX-512 and SSE4.1 kernels, 1 and 2 threads, 33x
 bfloat16 and float16 carry no such promise: their kernels split long inner dimensions by row count.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -87,6 +87,31 @@ class FourBitLinear:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         weight = reference.w4a16_weight(self.codes, self.zeros, self.scales, x.dtype)
         return _with_bias(self._multiply(x, weight), self.bias)
+
+
+class ReorderedLinear:
+    """A linear whose weight has its inputs in another order, so that scale groups are runs of neighbours."""
+
+    def __init__(self, order: torch.Tensor, linear: Linear) -> None:
+        """order int32 [in_features]: input i of `linear` is input order[i] of this one."""
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.order = order
+        self.linear = linear
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x.index_select(1, self.order))
+
+
+class JoinedLinear:
+    """Linears of the same inputs, their outputs one after another."""
+
+    def __init__(self, linears: Sequence[Linear]) -> None:
+        self.in_features = linears[0].in_features
+        self.out_features = sum(linear.out_features for linear in linears)
+        self.linears = linears
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([linear(x) for linear in self.linears], 1)
 
 
 Product = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]

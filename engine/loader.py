@@ -5,11 +5,10 @@ wrong shape. What a tensor looks like in its format is `formats`' business, wher
 """
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -18,9 +17,12 @@ from .assembly import Assembly, LayerParts, choose_assembly
 from .checkpoint import Checkpoint, resolve_model_folder
 from .config import HeadBits
 from .formats import TensorSpec, find_format
-from .linear import DenseLinear, Linear, SharedLinear
-from .model_config import ModelConfig, QuantizationConfig
+from .input_order import group_index_complaint, input_order
+from .linear import DenseLinear, Linear, ReorderedLinear, SharedLinear
+from .model_config import ModelConfig
 from .models.decoder import Decoder
+from .pending_linear import Module, PendingLinear, Target
+from .quantization_config import QuantizationScheme
 
 if TYPE_CHECKING:
     from .models.fused_decoder import FusedDecoder
@@ -40,8 +42,9 @@ def load_model(
     Raises ConfigError naming every kind of mismatch: tensors that are missing, that nothing uses, or whose shape
     differs from what config.json implies.
     """
-    pending = _PendingModel(config, dtype, device, choose_assembly(config, dtype, device, lm_head_bits))
-    decoder = _fill(pending, Checkpoint(folder), device)
+    checkpoint = Checkpoint(folder)
+    pending = _PendingModel(config, checkpoint, dtype, device, choose_assembly(config, dtype, device, lm_head_bits))
+    decoder = _fill(pending, checkpoint, device)
     del pending
     if device.type == "cuda":
         torch.cuda.empty_cache()  # of what was read ahead and unpacked
@@ -58,112 +61,30 @@ def _fill(pending: "_PendingModel", checkpoint: Checkpoint, device: torch.device
     return pending.finish()
 
 
-class _Target(NamedTuple):
-    """Where a tensor goes."""
-
-    shape: tuple[int, ...]
-    is_floating_point: bool
-    place: Callable[[torch.Tensor], None]
-
-
-class _Module(NamedTuple):
-    """One linear module on disk, and how its outputs are reordered when it goes to memory."""
-
-    name: str
-    out_features: int
-    reorder: Callable[[torch.Tensor, TensorSpec], torch.Tensor] | None = None
-
-
-class _PendingLinear:
-    """A linear of ours that is being filled from one or more modules on disk, joined along their outputs.
-
-    The buffers exist from the first tensor to the last; then the linear is built and they are dropped.
-    """
-
-    def __init__(
-        self,
-        modules: Sequence[_Module],
-        in_features: int,
-        *,
-        has_bias: bool,
-        weight_format: ModuleType,
-        quantization: QuantizationConfig | None,
-        dtype: torch.dtype,
-        device: torch.device,
-        finish: Callable[[Linear], Any],
-    ) -> None:
-        self._finish = finish
-        self._format = weight_format
-        self._quantization = quantization
-        self._dtype = dtype
-        self._device = device
-        self._buffers: dict[str, torch.Tensor] = {}
-        self._built: Any = None
-        self.targets: dict[str, _Target] = {}
-        whole = self._specs(in_features, sum(module.out_features for module in modules), has_bias)
-        offset = 0
-        for module in modules:
-            for suffix, spec in self._specs(in_features, module.out_features, has_bias).items():
-                place = self._placer(suffix, whole[suffix], spec, offset, module)
-                self.targets[f"{module.name}.{suffix}"] = _Target(spec.shape, spec.dtype.is_floating_point, place)
-            offset += module.out_features
-        self._num_unplaced = len(self.targets)
-
-    def result(self) -> Any:
-        """Return what `finish` made of the linear."""
-        assert self._built is not None, "all names were checked before the first tensor was read"
-        return self._built
-
-    def _specs(self, in_features: int, out_features: int, has_bias: bool) -> dict[str, TensorSpec]:
-        specs: dict[str, TensorSpec] = self._format.tensor_specs(
-            in_features, out_features, self._quantization, self._dtype
-        )
-        if has_bias:
-            specs["bias"] = TensorSpec(shape=(out_features,), dtype=self._dtype, output_axis=0)
-        return specs
-
-    def _placer(
-        self, suffix: str, whole: TensorSpec, part: TensorSpec, offset: int, module: _Module
-    ) -> Callable[[torch.Tensor], None]:
-        def place(tensor: torch.Tensor) -> None:
-            if suffix not in self._buffers:
-                self._buffers[suffix] = torch.empty(whole.shape, dtype=whole.dtype, device=self._device)
-            reordered = tensor if module.reorder is None else module.reorder(tensor, part)
-            start, length = offset // part.outputs_per_element, part.shape[part.output_axis]
-            self._buffers[suffix].narrow(whole.output_axis, start, length).copy_(reordered)
-            self._num_unplaced -= 1
-            if self._num_unplaced == 0:
-                self._build()
-
-        return place
-
-    def _build(self) -> None:
-        bias = self._buffers.pop("bias", None)
-        self._built = self._finish(self._format.build_linear(self._buffers, bias, self._quantization, self._dtype))
-        self._buffers = {}
-
-
 @dataclass(frozen=True, slots=True)
 class _PendingLayer:
     attention_norm: torch.Tensor
     mlp_norm: torch.Tensor
     q_norm: torch.Tensor | None
     k_norm: torch.Tensor | None
-    qkv: _PendingLinear
-    output: _PendingLinear
-    gate_up: _PendingLinear
-    down: _PendingLinear
+    qkv: PendingLinear
+    output: PendingLinear
+    gate_up: PendingLinear
+    down: PendingLinear
 
 
 class _PendingModel:
     """The whole model before its tensors are read: `targets` says where each goes, `finish` puts it together."""
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device, assembly: Assembly) -> None:
+    def __init__(
+        self, config: ModelConfig, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, assembly: Assembly
+    ) -> None:
         self._config = config
+        self._checkpoint = checkpoint
         self._assembly = assembly
         self._dtype = dtype
         self._device = device
-        self.targets: dict[str, _Target] = {}
+        self.targets: dict[str, Target] = {}
         self.plain: dict[str, torch.Tensor] = {}  # those that are kept as they are on disk, but for their type
         names = config.family.names
         self._embedding = self._plain(names.embedding, config.vocab_size, config.hidden_size)
@@ -171,6 +92,11 @@ class _PendingModel:
         self._final_norm = self._plain(names.final_norm, config.hidden_size)
         self._head: torch.Tensor | None = None
         if not config.tie_word_embeddings:
+            if self._has_quantized_head():
+                raise ConfigError(
+                    f"{checkpoint.folder}: the output head {names.head} is quantized, which is not supported; "
+                    "take a checkpoint that leaves it in 16 bits"
+                )
             self._head = self._plain(names.head, config.vocab_size, config.hidden_size)
 
     def ignores(self, name: str) -> bool:
@@ -190,7 +116,7 @@ class _PendingModel:
     def _plain(self, name: str, *shape: int) -> torch.Tensor:
         tensor = torch.empty(shape, dtype=self._dtype, device=self._device)
         self.plain[f"{name}.weight"] = tensor
-        self.targets[f"{name}.weight"] = _Target(shape, True, lambda source: void(tensor.copy_(source)))
+        self.targets[f"{name}.weight"] = Target(shape, True, lambda source: void(tensor.copy_(source)))
         return tensor
 
     def _layer(self, prefix: str) -> _PendingLayer:
@@ -198,35 +124,71 @@ class _PendingModel:
         hidden, intermediate = config.hidden_size, config.intermediate_size
         num_q, num_kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         if names.has_fused_qkv:
-            qkv = [_Module(prefix + names.qkv[0], num_q + 2 * num_kv, self._deinterleave)]
+            qkv = self._modules(prefix, {names.qkv[0]: num_q + 2 * num_kv}, hidden, self._deinterleave)
         else:
-            qkv = [_Module(prefix + name, size) for name, size in zip(names.qkv, (num_q, num_kv, num_kv), strict=True)]
-        gate_up = [_Module(prefix + names.gate, intermediate), _Module(prefix + names.up, intermediate)]
+            qkv = self._modules(prefix, dict(zip(names.qkv, (num_q, num_kv, num_kv), strict=True)), hidden)
+        output = self._modules(prefix, {names.output: hidden}, num_q)
+        gate_up = self._modules(prefix, {names.gate: intermediate, names.up: intermediate}, hidden)
+        down = self._modules(prefix, {names.down: hidden}, intermediate)
+        assembly, inner_order = self._assembly, down[0].input_order
         return _PendingLayer(
             attention_norm=self._plain(prefix + names.attention_norm, hidden),
             mlp_norm=self._plain(prefix + names.mlp_norm, hidden),
             q_norm=self._plain(prefix + names.q_norm, config.head_dim) if config.qk_norm else None,
             k_norm=self._plain(prefix + names.k_norm, config.head_dim) if config.qk_norm else None,
-            qkv=self._linear(qkv, hidden, config.qkv_bias, self._assembly.linear),
-            output=self._linear(
-                [_Module(prefix + names.output, hidden)], num_q, config.output_bias, self._assembly.linear
+            qkv=self._linear(qkv, hidden, config.qkv_bias, assembly.linear),
+            output=self._linear(output, num_q, config.output_bias, assembly.linear),
+            # gate and up put out what down takes in the order in which down wants it, so that nothing is gathered.
+            gate_up=self._linear(
+                gate_up, hidden, config.mlp_bias, assembly.gate_up, output_order=_of_both_halves(inner_order)
             ),
-            gate_up=self._linear(gate_up, hidden, config.mlp_bias, self._assembly.gate_up),
             down=self._linear(
-                [_Module(prefix + names.down, hidden)], intermediate, config.mlp_bias, self._assembly.linear
+                down, intermediate, config.mlp_bias, lambda linear: assembly.linear(_of_sorted_inputs(linear))
             ),
         )
 
+    def _modules(
+        self,
+        prefix: str,
+        outputs: Mapping[str, int],
+        in_features: int,
+        reorder: Callable[[torch.Tensor, TensorSpec], torch.Tensor] | None = None,
+    ) -> list[Module]:
+        """Return modules on disk that are one linear of ours, by their names behind `prefix` and numbers of outputs."""
+        return [
+            Module(prefix + name, count, self._input_order(prefix + name, in_features), reorder)
+            for name, count in outputs.items()
+        ]
+
+    def _input_order(self, module: str, in_features: int) -> torch.Tensor | None:
+        """Read, ahead of the weights, in which order a module's inputs are sorted by scale group."""
+        scheme = self._scheme_of(module)
+        if scheme is None or not scheme.reorders_inputs:
+            return None
+        name = f"{module}.{find_format(scheme).GROUP_INDEX_SUFFIX}"
+        group_index = self._checkpoint.read(name)
+        if group_index is None or tuple(group_index.shape) != (in_features,):
+            return None  # names and shapes are checked, with better words, as the tensors come
+        complaint = group_index_complaint(group_index, scheme.num_inputs_per_group(in_features), may_reorder=True)
+        if complaint is not None:
+            raise ConfigError(f"{self._checkpoint.folder}: tensor {name} {complaint}")
+        return input_order(group_index)
+
     def _linear(
-        self, modules: Sequence[_Module], in_features: int, has_bias: bool, finish: Callable[[Linear], Any]
-    ) -> _PendingLinear:
-        quantization = self._quantization_of([module.name for module in modules])
-        linear = _PendingLinear(
+        self,
+        modules: Sequence[Module],
+        in_features: int,
+        has_bias: bool,
+        finish: Callable[[Linear], Any],
+        *,
+        output_order: torch.Tensor | None = None,
+    ) -> PendingLinear:
+        linear = PendingLinear(
             modules,
             in_features,
             has_bias=has_bias,
-            weight_format=find_format(quantization),
-            quantization=quantization,
+            scheme=self._common_scheme([module.name for module in modules]),
+            output_order=output_order,
             dtype=self._dtype,
             device=self._device,
             finish=finish,
@@ -234,17 +196,23 @@ class _PendingModel:
         self.targets.update(linear.targets)
         return linear
 
-    def _quantization_of(self, names: Sequence[str]) -> QuantizationConfig | None:
+    def _scheme_of(self, module: str) -> QuantizationScheme | None:
         quantization = self._config.quantization
-        if quantization is None:
-            return None
-        plain = [any(part in name for part in quantization.unquantized_modules) for name in names]
-        if any(plain) != all(plain):
+        return None if quantization is None else quantization.scheme_of(module)
+
+    def _common_scheme(self, modules: Sequence[str]) -> QuantizationScheme | None:
+        schemes = {self._scheme_of(module) for module in modules}
+        if len(schemes) > 1:
             raise ConfigError(
-                f"modules_to_not_convert leaves only some of {', '.join(names)} unquantized, and they are computed as "
-                "one product; quantize all of them or none"
+                f"quantization_config stores {', '.join(modules)} in different ways, and they are computed as one "
+                "product; quantize all of them alike or none"
             )
-        return None if all(plain) else quantization
+        return schemes.pop()
+
+    def _has_quantized_head(self) -> bool:
+        """AWQ's rules speak of layers alone; compressed-tensors' `Linear` means the head too unless it is ignored."""
+        scheme = self._scheme_of(self._config.family.names.head)
+        return scheme is not None and scheme.method == "compressed-tensors"
 
     def _deinterleave(self, tensor: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
         """Turn InternLM2's wqkv, grouped as [q..., k, v] for each key-value head, into all q, all k, all v."""
@@ -274,13 +242,22 @@ class _PendingModel:
         )
 
 
+def _of_both_halves(order: torch.Tensor | None) -> torch.Tensor | None:
+    return None if order is None else torch.cat((order, order + len(order)))
+
+
+def _of_sorted_inputs(linear: Linear) -> Linear:
+    """Return the linear for inputs that come sorted by scale group already."""
+    return linear.linear if isinstance(linear, ReorderedLinear) else linear
+
+
 def void(_: object) -> None:
     """Drop an in-place operation's result, where a callback must return nothing."""
 
 
 def _check_names(folder: Path, found: Iterable[str], pending: _PendingModel) -> None:
     present = set(found)
-    missing = [name for name in pending.targets if name not in present]
+    missing = [name for name, target in pending.targets.items() if target.is_required and name not in present]
     unused = sorted(name for name in present if name not in pending.targets and not pending.ignores(name))
     complaints = []
     if missing:
@@ -290,12 +267,12 @@ def _check_names(folder: Path, found: Iterable[str], pending: _PendingModel) -> 
     if not complaints:
         return
     hint = "check that config.json belongs to these weights, or download the checkpoint again"
-    if any(name.endswith(".qweight") for name in unused):
+    if any(name.endswith((".qweight", ".weight_packed")) for name in unused):
         hint = "the weights are quantized, so config.json needs its quantization_config"
     raise ConfigError(f"{folder} {' and '.join(complaints)}; {hint}")
 
 
-def _check_tensor(folder: Path, name: str, tensor: torch.Tensor, target: _Target) -> None:
+def _check_tensor(folder: Path, name: str, tensor: torch.Tensor, target: Target) -> None:
     if tuple(tensor.shape) != target.shape:
         raise ConfigError(
             f"{folder}: tensor {name} has shape {list(tensor.shape)}, and config.json implies {list(target.shape)}; "

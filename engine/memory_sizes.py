@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 from .config import QuantPolicy
 from .memory_device import MemoryDevice
-from .model_config import ModelConfig, QuantizationConfig
+from .model_config import ModelConfig
+from .quantization_config import QuantizationScheme
 
 FLOAT_BYTES = 4
 INT_BYTES = 4
@@ -29,6 +30,10 @@ ATTENTION_SCRATCH_BYTES = 256 << 20
 _MOST_SUMMED_ROWS = 64
 # engine/fused_linear.py: rows of gate and up that a 16-bit model computes at once.
 _MOST_ROWS_OF_GATE_UP = 2048
+# engine/reordered_linear.py: rows whose values are gathered at once before a product, and rows of gate and up that are
+# computed at once where their weights have their inputs in different orders. 2048 rows keep products at full speed.
+GATHERED_ROWS = 2048
+JOINED_ROWS = 256
 # kernels/sampling_weights.py
 _SAMPLING_BYTES_PER_ROW = 64 << 10
 # Rows of logits that are copied together when requests change their logits (engine/device_sampler.py) or ask for
@@ -64,10 +69,11 @@ class Part(NamedTuple):
 class LinearShape(NamedTuple):
     """A linear as the decoder holds it: q, k, v in one, gate and up in one."""
 
-    name: str  # as on disk, for `modules_to_not_convert`
+    name: str  # as on disk, that of the first where several are joined
     in_features: int
     out_features: int
     has_bias: bool
+    takes_sorted_inputs: bool = False  # down's are made in the order that it wants (engine/loader.py)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,7 +94,7 @@ def layer_linears(config: ModelConfig) -> list[LinearShape]:
         LinearShape(names.qkv[0], hidden, qkv_width(config), config.qkv_bias),
         LinearShape(names.output, attended, hidden, config.output_bias),
         LinearShape(names.gate, hidden, 2 * intermediate, config.mlp_bias),
-        LinearShape(names.down, intermediate, hidden, config.mlp_bias),
+        LinearShape(names.down, intermediate, hidden, config.mlp_bias, takes_sorted_inputs=True),
     ]
 
 
@@ -103,7 +109,7 @@ def weight_bytes(config: ModelConfig, form: ComputeForm) -> int:
     if config.qk_norm:
         norms += config.num_layers * 2 * config.head_dim
     embedding = config.vocab_size * config.hidden_size
-    linears = sum(weight + bias for weight, bias in _linear_bytes(config, form))
+    linears = sum(map(sum, _linear_bytes(config, form)))
     return linears + (norms + embedding) * form.itemsize + _head_bytes(config, form)
 
 
@@ -115,7 +121,7 @@ def _head_bytes(config: ModelConfig, form: ComputeForm) -> int:
 
 def arena_bytes(config: ModelConfig, form: ComputeForm) -> int:
     """Return what the layers' linears take one after another (engine/weight_arena.py)."""
-    return sum(aligned_bytes(weight) + aligned_bytes(bias) for weight, bias in _linear_bytes(config, form))
+    return sum(sum(map(aligned_bytes, sizes)) for sizes in _linear_bytes(config, form))
 
 
 def aligned_bytes(num_bytes: int) -> int:
@@ -123,12 +129,14 @@ def aligned_bytes(num_bytes: int) -> int:
     return -(-num_bytes // ARENA_ALIGNMENT_BYTES) * ARENA_ALIGNMENT_BYTES
 
 
-def _linear_bytes(config: ModelConfig, form: ComputeForm) -> Iterator[tuple[int, int]]:
-    """Yield the bytes of weight and bias of every linear in every layer."""
+def _linear_bytes(config: ModelConfig, form: ComputeForm) -> Iterator[tuple[int, int, int]]:
+    """Yield the bytes of weight, bias and order of inputs of every linear in every layer."""
     for layer in range(config.num_layers):
         for linear in layer_linears(config):
+            scheme = _scheme_of(linear, config, layer)
             bias = linear.out_features * form.itemsize if linear.has_bias else 0
-            yield _weight_bytes(linear, _quantization_of(linear, config, layer), form), bias
+            order = linear.in_features * INT_BYTES if _is_gathered(linear, scheme) else 0
+            yield _weight_bytes(linear, scheme, form), bias, order
 
 
 def kv_block_bytes(config: ModelConfig, *, block_size: int, quant_policy: QuantPolicy, itemsize: int) -> int:
@@ -144,24 +152,35 @@ def largest_unpacked_bytes(config: ModelConfig, form: ComputeForm) -> int:
     sizes = [
         linear.in_features * linear.out_features * form.itemsize
         for linear in layer_linears(config)
-        if _quantization_of(linear, config, 0) is not None
+        if _scheme_of(linear, config, 0) is not None
     ]
     return max(sizes, default=0)
 
 
-def _quantization_of(linear: LinearShape, config: ModelConfig, layer: int) -> QuantizationConfig | None:
-    quantization = config.quantization
-    name = f"model.layers.{layer}.{linear.name}"
-    if quantization is None or any(part in name for part in quantization.unquantized_modules):
+def _scheme_of(linear: LinearShape, config: ModelConfig, layer: int) -> QuantizationScheme | None:
+    if config.quantization is None:
         return None
-    return quantization
+    return config.quantization.scheme_of(f"model.layers.{layer}.{linear.name}")
 
 
-def _weight_bytes(linear: LinearShape, quantization: QuantizationConfig | None, form: ComputeForm) -> int:
+def _is_gathered(linear: LinearShape, scheme: QuantizationScheme | None) -> bool:
+    return scheme is not None and scheme.reorders_inputs and not linear.takes_sorted_inputs
+
+
+def most_gathered_inputs(config: ModelConfig) -> int:
+    """Return the inputs of the widest linear whose activations are gathered; 0 for a model without any."""
+    return max(
+        linear.in_features if _is_gathered(linear, _scheme_of(linear, config, layer)) else 0
+        for layer in range(config.num_layers)
+        for linear in layer_linears(config)
+    )
+
+
+def _weight_bytes(linear: LinearShape, scheme: QuantizationScheme | None, form: ComputeForm) -> int:
     num_weights = linear.in_features * linear.out_features
-    if quantization is None:
+    if scheme is None:
         return num_weights * form.itemsize
-    group_size = linear.in_features if quantization.group_size == -1 else quantization.group_size
+    group_size = scheme.num_inputs_per_group(linear.in_features)
     if form.is_fused and can_pack(linear, group_size):
         groups_per_record = _RECORD_INPUTS // min(group_size, _RECORD_INPUTS)
         words = _RECORD_ROWS * (_RECORD_INPUTS // 8 + groups_per_record)
@@ -228,7 +247,9 @@ def sampling_bytes(config: ModelConfig, sizes: StepSizes) -> int:
 def _product_bytes(config: ModelConfig, form: ComputeForm) -> int:
     """Return the workspace of 4-bit products, and what a 16-bit MLP has of gate and up at once."""
     if config.quantization is not None:
-        return W4A16_WORKSPACE_BYTES
+        gathered = GATHERED_ROWS * most_gathered_inputs(config)
+        joined = JOINED_ROWS * 2 * config.intermediate_size if gathered else 0
+        return W4A16_WORKSPACE_BYTES + (gathered + joined) * form.itemsize
     return _MOST_ROWS_OF_GATE_UP * 2 * config.intermediate_size * form.itemsize
 
 

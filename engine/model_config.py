@@ -1,19 +1,19 @@
 """A checkpoint's config.json as a checked record: sizes, RoPE, biases, quantization, end-of-sequence ids.
 
 No torch here. Whatever the decoder cannot honour (an unknown architecture, activation, RoPE type, quantization method)
-is refused by name; nothing is silently dropped. Which keys each family has is in `families`.
+is refused by name; nothing is silently dropped. Which keys each family has is in `families`, those of quantized weights
+in `quantization_config`.
 """
 
-import json
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from .api import ConfigError
+from .config_keys import ConfigKeys, read_json
 from .families import FAMILIES, BiasRule, Family
+from .quantization_config import QuantizationConfig, read_quantization
 
 RopeKind = Literal["default", "linear", "dynamic", "llama3"]
 
@@ -38,18 +38,6 @@ class RopeConfig:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_position_embeddings: int = 8192
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class QuantizationConfig:
-    """The checkpoint's weight format as config.json's `quantization_config` states it."""
-
-    method: str
-    bits: int
-    group_size: int  # -1: one group for the whole input dimension
-    zero_point: bool
-    version: str
-    unquantized_modules: tuple[str, ...]  # a linear whose name contains one of these is stored as plain weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,81 +95,13 @@ class ModelConfig:
     @classmethod
     def from_folder(cls, folder: Path) -> "ModelConfig":
         """Read config.json and generation_config.json; raise ConfigError naming the file and key that is wrong."""
-        keys = _Keys(_read_json(folder / "config.json"), folder / "config.json")
+        keys = ConfigKeys(read_json(folder / "config.json"), folder / "config.json")
         generation_path = folder / "generation_config.json"
-        generation = _Keys(_read_json(generation_path), generation_path) if generation_path.is_file() else None
+        generation = ConfigKeys(read_json(generation_path), generation_path) if generation_path.is_file() else None
         return _parse(keys, generation)
 
 
-class _Keys:
-    """One JSON object with typed access; every complaint names the key and the file."""
-
-    def __init__(self, values: Mapping[str, Any], path: Path) -> None:
-        self.values = values
-        self.path = path
-
-    def fail(self, message: str) -> ConfigError:
-        return ConfigError(f"{self.path}: {message}")
-
-    def has(self, key: str) -> bool:
-        return self.values.get(key) is not None
-
-    def integer(self, key: str, default: int | None = None) -> int:
-        value = self._get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or value != int(value):
-            raise self.fail(f"key '{key}' must be an integer, not {value!r}")
-        return int(value)
-
-    def positive(self, key: str, default: int | None = None) -> int:
-        value = self.integer(key, default)
-        if value < 1:
-            raise self.fail(f"key '{key}' must be at least 1, not {value}")
-        return value
-
-    def number(self, key: str, default: float | None = None) -> float:
-        value = self._get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise self.fail(f"key '{key}' must be a number, not {value!r}")
-        return float(value)
-
-    def boolean(self, key: str, default: bool | None = None) -> bool:
-        value = self._get(key, default)
-        if not isinstance(value, bool):
-            raise self.fail(f"key '{key}' must be true or false, not {value!r}")
-        return value
-
-    def section(self, key: str) -> "_Keys | None":
-        value = self.values.get(key)
-        if value is None:
-            return None
-        if not isinstance(value, dict):
-            raise self.fail(f"key '{key}' must be an object or null, not {value!r}")
-        return _Keys(value, self.path)
-
-    def _get(self, key: str, default: Any) -> Any:
-        value = self.values.get(key)
-        if value is not None:
-            return value
-        if default is None:
-            raise self.fail(f"key '{key}' is missing; take config.json from the original checkpoint")
-        return default
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(
-            f"{path} does not exist; --model needs a folder in Hugging Face layout, with config.json and the weights"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} cannot be read as JSON ({error}); download the checkpoint again") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path} holds no JSON object; download the checkpoint again")
-    return values
-
-
-def _parse(keys: _Keys, generation: _Keys | None) -> ModelConfig:
+def _parse(keys: ConfigKeys, generation: ConfigKeys | None) -> ModelConfig:
     family = _family(keys)
     _refuse_what_no_decoder_has(keys)
     num_heads = keys.positive("num_attention_heads")
@@ -211,11 +131,11 @@ def _parse(keys: _Keys, generation: _Keys | None) -> ModelConfig:
         sliding_window=_sliding_window(keys, family, num_layers),
         eos_token_ids=frozenset(_eos_token_ids(keys)) | frozenset(_eos_token_ids(generation) if generation else ()),
         dtype_name=_dtype_name(keys),
-        quantization=_quantization(keys),
+        quantization=read_quantization(keys),
     )
 
 
-def _family(keys: _Keys) -> Family:
+def _family(keys: ConfigKeys) -> Family:
     model_type = keys.values.get("model_type")
     architectures = keys.values.get("architectures") or []
     for family in FAMILIES:
@@ -232,7 +152,7 @@ def _family(keys: _Keys) -> Family:
     )
 
 
-def _refuse_what_no_decoder_has(keys: _Keys) -> None:
+def _refuse_what_no_decoder_has(keys: ConfigKeys) -> None:
     activation = keys.values.get("hidden_act", "silu")
     if activation not in ("silu", "swish"):
         raise keys.fail(f"hidden_act {activation!r} is not supported; the decoder computes 'silu' only")
@@ -240,7 +160,7 @@ def _refuse_what_no_decoder_has(keys: _Keys) -> None:
         raise keys.fail("partial_rotary_factor other than 1.0 is not supported; RoPE turns whole heads")
 
 
-def _head_dim(keys: _Keys, family: Family, hidden_size: int, num_heads: int) -> int:
+def _head_dim(keys: ConfigKeys, family: Family, hidden_size: int, num_heads: int) -> int:
     if not keys.has("head_dim") and not family.requires_head_dim and hidden_size % num_heads:
         raise keys.fail(f"hidden_size {hidden_size} is not a multiple of num_attention_heads {num_heads}")
     head_dim = keys.positive("head_dim", None if family.requires_head_dim else hidden_size // num_heads)
@@ -249,7 +169,7 @@ def _head_dim(keys: _Keys, family: Family, hidden_size: int, num_heads: int) -> 
     return head_dim
 
 
-def _rope(keys: _Keys, family: Family, max_position_embeddings: int) -> RopeConfig:
+def _rope(keys: ConfigKeys, family: Family, max_position_embeddings: int) -> RopeConfig:
     """Read `rope_parameters` (transformers 5), `rope_theta` + `rope_scaling` (before), or InternLM's `rotary`."""
     scaling = keys.section("rope_parameters") or keys.section("rope_scaling")
     rotary = keys.section("rotary")
@@ -283,7 +203,7 @@ def _rope(keys: _Keys, family: Family, max_position_embeddings: int) -> RopeConf
     )
 
 
-def _rope_kind(section: _Keys, key: str) -> RopeKind:
+def _rope_kind(section: ConfigKeys, key: str) -> RopeKind:
     name = str(section.values.get(key))
     if name not in _ROPE_KIND_ALIASES:
         supported = ", ".join(sorted(set(_ROPE_KIND_ALIASES.values())))
@@ -291,14 +211,14 @@ def _rope_kind(section: _Keys, key: str) -> RopeKind:
     return _ROPE_KIND_ALIASES[name]
 
 
-def _bias(keys: _Keys, rule: BiasRule, family: Family) -> bool:
+def _bias(keys: ConfigKeys, rule: BiasRule, family: Family) -> bool:
     if isinstance(rule, bool):
         return rule
     spelling = next((key for key in rule if keys.has(key)), rule[0])
     return keys.boolean(spelling, family.bias_default)
 
 
-def _sliding_window(keys: _Keys, family: Family, num_layers: int) -> int | None:
+def _sliding_window(keys: ConfigKeys, family: Family, num_layers: int) -> int | None:
     """Return the window in tokens that every layer has, or None; a mix of layers is refused."""
     layer_types = set(keys.values.get("layer_types") or ())
     if len(layer_types) > 1 or not layer_types <= {"full_attention", "sliding_attention"}:
@@ -318,7 +238,7 @@ def _sliding_window(keys: _Keys, family: Family, num_layers: int) -> int | None:
     return keys.positive("sliding_window")
 
 
-def _eos_token_ids(keys: _Keys) -> Iterable[int]:
+def _eos_token_ids(keys: ConfigKeys) -> Iterable[int]:
     value = keys.values.get("eos_token_id")
     ids = value if isinstance(value, list) else [] if value is None else [value]
     if any(isinstance(token_id, bool) or not isinstance(token_id, int) for token_id in ids):
@@ -326,35 +246,8 @@ def _eos_token_ids(keys: _Keys) -> Iterable[int]:
     return ids
 
 
-def _dtype_name(keys: _Keys) -> str:
+def _dtype_name(keys: ConfigKeys) -> str:
     name = str(keys.values.get("dtype") or keys.values.get("torch_dtype") or "float32").removeprefix("torch.")
     if name not in _DTYPE_NAMES:
         raise keys.fail(f"dtype {name!r} is not supported; supported: {', '.join(_DTYPE_NAMES)}")
     return name
-
-
-def _quantization(keys: _Keys) -> QuantizationConfig | None:
-    section = keys.section("quantization_config")
-    if section is None:
-        return None
-    method = str(section.values.get("quant_method"))
-    if method != "awq":
-        raise keys.fail(f"quant_method {method!r} is not supported; supported: awq, or unquantized weights")
-    bits = section.integer("bits")
-    if bits != 4:
-        raise keys.fail(f"AWQ with {bits} bits is not supported; supported: 4")
-    version = str(section.values.get("version", "gemm")).lower()
-    if version != "gemm":
-        raise keys.fail(f"AWQ version {version!r} is not supported; supported: gemm")
-    group_size = section.integer("group_size")
-    if group_size != -1 and group_size < 1:
-        raise keys.fail(f"group_size {group_size} is not supported; it must be -1 (one group) or at least 1")
-    unquantized = section.values.get("modules_to_not_convert") or []
-    return QuantizationConfig(
-        method=method,
-        bits=bits,
-        group_size=group_size,
-        zero_point=section.boolean("zero_point"),
-        version=version,
-        unquantized_modules=tuple(str(name) for name in unquantized),
-    )

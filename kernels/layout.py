@@ -2,9 +2,10 @@
 
 Except w4a16_tiles.py, which owns the one further order: that of weights in GPU memory, made from the row order here.
 
-Two layouts. AWQ's "gemm" order is what checkpoints hold: eight output columns a 32-bit word, interleaved. The row order
-is ours, in memory: a row's first half in the low nibbles and its second half in the high nibbles, so that unpacking is
-two contiguous writes.
+Three layouts. In the plain order of GPTQ, compressed-tensors and AWQ's "gemv" eight neighbours share a 32-bit word, the
+first in its lowest bits; which axis they are neighbours on is the format's business. AWQ's "gemm" order interleaves the
+eight. The row order is ours, in memory: a row's first half in the low nibbles and its second half in the high nibbles,
+so that unpacking is two contiguous writes.
 """
 
 import torch
@@ -14,15 +15,30 @@ NIBBLES_PER_WORD = 8
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
 
+def pack_words(values: torch.Tensor) -> torch.Tensor:
+    """Pack integers 0..15, [..., n], into words in plain order, int32 [..., n / 8]: nibble i of word c is 8c + i."""
+    if values.shape[-1] % NIBBLES_PER_WORD:
+        raise ValueError(f"a word packs {NIBBLES_PER_WORD} values; a row of {values.shape[-1]} values does not divide")
+    pairs = values.to(torch.uint8).reshape(*values.shape[:-1], -1, 2)
+    return (pairs[..., 0] | (pairs[..., 1] << 4)).flatten().view(torch.int32).view(*values.shape[:-1], -1)
+
+
+def unpack_words(words: torch.Tensor) -> torch.Tensor:
+    """Unpack words in plain order, int32 [..., n / 8], into integers 0..15, uint8 [..., n]."""
+    word_bytes = words.flatten().view(torch.uint8)
+    values = torch.empty(len(word_bytes), 2, dtype=torch.uint8, device=words.device)
+    values[:, 0] = word_bytes & 0xF
+    values[:, 1] = word_bytes >> 4
+    return values.view(*words.shape[:-1], -1)
+
+
 def pack_awq(values: torch.Tensor) -> torch.Tensor:
     """Pack integers 0..15, [rows, columns], into AWQ words, int32 [rows, columns / 8]."""
     rows, columns = values.shape
     if columns % NIBBLES_PER_WORD:
         raise ValueError(f"AWQ packs columns by {NIBBLES_PER_WORD}; {columns} columns do not divide")
-    ordered = values.to(torch.int64).reshape(rows, columns // NIBBLES_PER_WORD, NIBBLES_PER_WORD)[..., list(AWQ_ORDER)]
-    shifts = torch.arange(0, 32, 4, device=values.device)
-    words = (ordered << shifts).sum(-1)  # 0 .. 2**32 - 1
-    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
+    words = values.to(torch.uint8).reshape(rows, columns // NIBBLES_PER_WORD, NIBBLES_PER_WORD)
+    return pack_words(words[..., list(AWQ_ORDER)].reshape(rows, columns))
 
 
 def unpack_awq(words: torch.Tensor) -> torch.Tensor:

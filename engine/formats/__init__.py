@@ -1,24 +1,27 @@
-"""On-disk weight formats, one file each, all with the same three functions.
+"""On-disk weight formats, one file each, all with the same functions.
 
-    matches(quantization)                       is this the format of a linear with this quantization_config?
-    tensor_specs(in, out, quantization, dtype)  the tensors a linear has on disk: suffix -> TensorSpec
-    build_linear(tensors, quantization, dtype)  the linear that computes with them
+    matches(scheme)                       is a linear of this quantization scheme stored in this format?
+    tensor_specs(in, out, scheme, dtype)  the tensors a linear has on disk: suffix -> TensorSpec or DescriptionSpec
+    read_weight(tensors, scheme)          the weight in them: a FourBitWeight, or of plain weights the tensor itself
+    pack_linear(codes, zeros, scales)     the other way, in the 4-bit formats: suffix -> tensor
+    GROUP_INDEX_SUFFIX                    the tensor that says which group each input is in, or None
 
 Formats know nothing of families, names or fused modules: the loader joins q, k, v and gate, up along each tensor's
-output axis before it builds.
+output axis before it reads.
 """
 
 from types import ModuleType
 
-from ..model_config import QuantizationConfig
-from . import awq, hf
-from .spec import TensorSpec
+from ..quantization_config import QuantizationScheme
+from . import awq, compressed_tensors, gptq, hf
+from .four_bit import FourBitWeight
+from .spec import DescriptionSpec, Specs, TensorSpec
 
-__all__ = ["TensorSpec", "find_format"]
+__all__ = ["DescriptionSpec", "FourBitWeight", "Specs", "TensorSpec", "find_format"]
 
-_FORMATS: tuple[ModuleType, ...] = (hf, awq)
+_FORMATS: tuple[ModuleType, ...] = (hf, awq, gptq, compressed_tensors)
 
 
-def find_format(quantization: QuantizationConfig | None) -> ModuleType:
-    """Return the module of the format; model_config has already refused methods that none of them matches."""
-    return next(module for module in _FORMATS if module.matches(quantization))
+def find_format(scheme: QuantizationScheme | None) -> ModuleType:
+    """Return the module of the format; quantization_config has already refused methods that none of them matches."""
+    return next(module for module in _FORMATS if module.matches(scheme))

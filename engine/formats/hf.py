@@ -4,28 +4,22 @@ from collections.abc import Mapping
 
 import torch
 
-from ..linear import DenseLinear, Linear
-from ..model_config import QuantizationConfig
-from .spec import TensorSpec
+from ..quantization_config import QuantizationScheme
+from .spec import Specs, TensorSpec
+
+GROUP_INDEX_SUFFIX = None
 
 
-def matches(quantization: QuantizationConfig | None) -> bool:
-    """Say whether a linear with this configuration is stored in this format."""
-    return quantization is None
+def matches(scheme: QuantizationScheme | None) -> bool:
+    """Say whether a linear of this scheme is stored in this format."""
+    return scheme is None
 
 
-def tensor_specs(
-    in_features: int, out_features: int, quantization: QuantizationConfig | None, dtype: torch.dtype
-) -> dict[str, TensorSpec]:
+def tensor_specs(in_features: int, out_features: int, scheme: QuantizationScheme | None, dtype: torch.dtype) -> Specs:
     """Return the tensors of one linear, by suffix."""
     return {"weight": TensorSpec(shape=(out_features, in_features), dtype=dtype, output_axis=0)}
 
 
-def build_linear(
-    tensors: Mapping[str, torch.Tensor],
-    bias: torch.Tensor | None,
-    quantization: QuantizationConfig | None,
-    dtype: torch.dtype,
-) -> Linear:
-    """Return the linear that computes with these tensors."""
-    return DenseLinear(tensors["weight"], bias)
+def read_weight(tensors: Mapping[str, torch.Tensor], scheme: QuantizationScheme | None) -> torch.Tensor:
+    """Return the weight."""
+    return tensors["weight"]

@@ -1,8 +1,10 @@
-"""AWQ checkpoints compute what the same model with dequantized weights computes, in both namings.
+"""Quantized checkpoints compute what transformers computes with the weights that they stand for, in every format.
 
-The checkpoints are written here by a packer of plain loops; the layout's own tests hold it to reference words.
+The checkpoints are written by packers of plain loops (packed_checkpoints.py); the reference words of other tools are
+held to in test_format_words.py.
 """
 
+import json
 import random
 from pathlib import Path
 from typing import Any
@@ -11,115 +13,175 @@ import numpy as np
 import pytest
 import torch
 from cache_driver import CacheDriver
-from family_checkpoints import FamilyCase, Tensors, case_named, interleave, write_checkpoint
+from family_checkpoints import case_named, interleave, write_checkpoint
+from packed_checkpoints import (
+    FORMATS,
+    LinearSource,
+    awq,
+    compressed_config,
+    gptq,
+    pack,
+    quantization_config,
+    quantized_model,
+    reference_logits,
+    signed,
+    write_quantized,
+)
+from safetensors.torch import load_file, save_file
 
 from lmdserve.engine.api import ConfigError
 from lmdserve.engine.loader import load_model
 from lmdserve.engine.model_config import ModelConfig
 
-AWQ_COLUMNS = (0, 2, 4, 6, 1, 3, 5, 7)
 TOKENS = [random.Random(4).randrange(131) for _ in range(40)]
-NAMINGS = ("internlm2", "internlm2-bias", "llama2", "internlm3-bias", "qwen2")
+FAMILIES = ("internlm2", "llama2", "qwen2")  # wqkv; q, k and v joined; the same with biases
+OTHER_FAMILIES = ("internlm2-bias", "internlm3-bias", "qwen3")
 
 
-def pack(values: np.ndarray) -> torch.Tensor:
-    """Pack [rows, columns] of 0..15 into AWQ words by the definition, one nibble at a time."""
-    rows, columns = values.shape
-    words = np.zeros((rows, columns // 8), dtype=np.uint32)
-    for word in range(columns // 8):
-        for nibble, column in enumerate(AWQ_COLUMNS):
-            words[:, word] |= values[:, word * 8 + column].astype(np.uint32) << np.uint32(4 * nibble)
-    return torch.from_numpy(words.view(np.int32))
-
-
-class AwqWriter:
-    """Turns every linear of a state dict into random AWQ tensors and the plain weight those stand for."""
-
-    def __init__(self, *, group_size: int, zero_point: bool, skip: tuple[str, ...] = ()) -> None:
-        self.group_size = group_size
-        self.zero_point = zero_point
-        self.skip = skip
-        self.random = np.random.default_rng(9)
-
-    def quantize(self, state: Tensors) -> tuple[Tensors, Tensors]:
-        quantized: Tensors = {}
-        plain: Tensors = {}
-        for name, tensor in state.items():
-            module, _, kind = name.rpartition(".")
-            if tensor.dim() != 2 or any(part in name for part in (*self.skip, "embed", "output.", "lm_head")):
-                quantized[name] = plain[name] = tensor
-            else:
-                assert kind == "weight"
-                tensors, plain[name] = self._linear(*tensor.shape)
-                quantized |= {f"{module}.{suffix}": value for suffix, value in tensors.items()}
-        return quantized, plain
-
-    def _linear(self, out_features: int, in_features: int) -> tuple[Tensors, torch.Tensor]:
-        group_size = in_features if self.group_size == -1 else self.group_size
-        groups = in_features // group_size
-        codes = self.random.integers(16, size=(in_features, out_features))
-        zeros = (
-            self.random.integers(5, 11, size=(groups, out_features))
-            if self.zero_point
-            else np.full((groups, out_features), 8)
-        )
-        scales = self.random.uniform(0.02, 0.08, size=(groups, out_features)).astype(np.float16)
-        weight = (codes - zeros.repeat(group_size, 0)) * scales.astype(np.float32).repeat(group_size, 0)
-        tensors = {"qweight": pack(codes), "scales": torch.from_numpy(scales)}
-        if self.zero_point:
-            tensors["qzeros"] = pack(zeros)
-        return tensors, torch.from_numpy(weight.T.astype(np.float32))
-
-
-def awq_config(case: FamilyCase, group_size: int, zero_point: bool, **more: Any) -> dict[str, Any]:
-    section = {"quant_method": "awq", "version": "gemm", "bits": 4, "group_size": group_size, "zero_point": zero_point}
-    return case.config_json(quantization_config={**section, **more}, torch_dtype="float16")
-
-
-def logits(folder: Path, tokens: list[int] = TOKENS) -> torch.Tensor:
+def logits(folder: Path) -> torch.Tensor:
     decoder = load_model(folder, ModelConfig.from_folder(folder), dtype=torch.float32, device=torch.device("cpu"))
-    return CacheDriver(decoder).run("all", tokens, [30, 1])
+    return CacheDriver(decoder).run("all", TOKENS, [30, 1])
 
 
-@pytest.mark.parametrize("zero_point", [True, False])
-@pytest.mark.parametrize("group_size", [32, 16, -1])
-@pytest.mark.parametrize("case_id", NAMINGS)
-def test_awq_equals_its_dequantized_model(case_id: str, group_size: int, zero_point: bool, tmp_path: Path) -> None:
-    case = case_named(case_id)
-    state = case.tensors(case.reference_model())
-    quantized, plain = AwqWriter(group_size=group_size, zero_point=zero_point).quantize(state)
-    awq = logits(write_checkpoint(tmp_path / "awq", awq_config(case, group_size, zero_point), quantized))
-    expected = logits(write_checkpoint(tmp_path / "plain", case.config_json(), plain))
+def assert_equals_transformers(
+    folder: Path,
+    format_name: str,
+    case_id: str = "llama2",
+    *,
+    group_size: int = 32,
+    shares_orders: bool = True,
+    skip: tuple[str, ...] = (),
+    quantization: dict[str, Any] | None = None,
+    **sizes: int,
+) -> None:
+    case, form = case_named(case_id), FORMATS[format_name]
+    source = LinearSource(form, group_size, shares_orders=shares_orders)
+    model, linears = quantized_model(case, source, skip=skip, **sizes)
+    config = quantization_config(form, group_size) | (quantization or {})
+    write_quantized(folder, case, model, linears, form, config, **sizes)
+    expected = reference_logits(model, TOKENS)
     assert expected.std() > 0.1
-    assert (awq - expected).abs().max() <= 1e-4
+    assert (logits(folder) - expected).abs().max() <= 2e-4 * expected.abs().max()
+
+
+@pytest.mark.parametrize("case_id", FAMILIES)
+@pytest.mark.parametrize("format_name", FORMATS)
+def test_every_format_equals_its_dequantized_model(format_name: str, case_id: str, tmp_path: Path) -> None:
+    assert_equals_transformers(tmp_path, format_name, case_id)
+
+
+@pytest.mark.parametrize("case_id", OTHER_FAMILIES)
+@pytest.mark.parametrize("format_name", ["awq", "gptq-act-order", "ct-group-order"])
+def test_other_families(format_name: str, case_id: str, tmp_path: Path) -> None:
+    assert_equals_transformers(tmp_path, format_name, case_id)
+
+
+@pytest.mark.parametrize("group_size", [16, -1])
+@pytest.mark.parametrize("format_name", ["awq", "awq-sym", "gptq", "gptq-static-groups", "ct-sym", "ct-asym"])
+def test_other_groups(format_name: str, group_size: int, tmp_path: Path) -> None:
+    assert_equals_transformers(tmp_path, format_name, group_size=group_size)
+
+
+def test_one_group_has_no_order(tmp_path: Path) -> None:
+    """With desc_act and one group for all inputs there is nothing to reorder."""
+    assert_equals_transformers(tmp_path, "gptq-static-groups", "internlm2", group_size=-1)
 
 
 @pytest.mark.parametrize(("hidden", "inner", "group_size"), [(128, 256, 128), (128, 192, 64)])
-def test_larger_groups(hidden: int, inner: int, group_size: int, tmp_path: Path) -> None:
-    case = case_named("internlm2")
+@pytest.mark.parametrize("format_name", ["awq", "awq-gemv", "gptq-act-order"])
+def test_larger_groups(format_name: str, hidden: int, inner: int, group_size: int, tmp_path: Path) -> None:
     sizes = {"hidden_size": hidden, "intermediate_size": inner}
-    writer = AwqWriter(group_size=group_size, zero_point=True)
-    quantized, plain = writer.quantize(case.tensors(case.reference_model(**sizes)))
-    awq = logits(write_checkpoint(tmp_path / "awq", awq_config(case, group_size, True) | sizes, quantized))
-    expected = logits(write_checkpoint(tmp_path / "plain", case.config_json(**sizes), plain))
-    assert (awq - expected).abs().max() <= 1e-4
+    assert_equals_transformers(tmp_path, format_name, "internlm2", group_size=group_size, **sizes)
 
 
-def test_modules_to_not_convert_stay_plain(tmp_path: Path) -> None:
-    case = case_named("internlm2")
-    skip = ("feed_forward.w2", "layers.1.attention.wqkv")
-    writer = AwqWriter(group_size=32, zero_point=True, skip=skip)
-    quantized, plain = writer.quantize(case.tensors(case.reference_model()))
-    config = awq_config(case, 32, True, modules_to_not_convert=list(skip))
-    awq = logits(write_checkpoint(tmp_path / "awq", config, quantized))
-    assert (awq - logits(write_checkpoint(tmp_path / "plain", case.config_json(), plain))).abs().max() <= 1e-4
+@pytest.mark.parametrize("format_name", ["gptq-act-order", "ct-group-order"])
+def test_joined_products_may_have_their_inputs_in_different_orders(format_name: str, tmp_path: Path) -> None:
+    assert_equals_transformers(tmp_path, format_name, "qwen2", shares_orders=False)
+
+
+@pytest.mark.parametrize(
+    ("format_name", "skip", "quantization"),
+    [
+        ("awq", ("down_proj", "layers.1.self_attn.o_proj"), {"modules_to_not_convert": ["down_proj", "1.self_attn.o"]}),
+        ("gptq-act-order", ("down_proj", "1.self_attn.o"), {"dynamic": {"-:.*down_proj": {}, "-:.*1.self_attn.o": {}}}),
+        ("gptq", ("mlp.gate", "mlp.up"), {"modules_in_block_to_quantize": [
+            ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], ["self_attn.o_proj"], ["mlp.down_proj"]]}),
+        ("gptq-act-order", ("gate_proj", "up_proj"), {"dynamic": {r"-:.*\.(gate|up)_proj$": {}}}),
+        ("ct-group-order", ("mlp", "layers.1.self_attn.o"),
+         {"ignore": ["lm_head", "re:.*mlp.*", "model.layers.1.self_attn.o_proj"]}),
+    ],
+)  # fmt: skip
+def test_some_linears_stay_plain(
+    format_name: str, skip: tuple[str, ...], quantization: dict[str, Any], tmp_path: Path
+) -> None:
+    assert_equals_transformers(tmp_path, format_name, skip=skip, quantization=quantization)
+
+
+def test_targets_name_the_linears_of_a_group(tmp_path: Path) -> None:
+    section = quantization_config(FORMATS["ct-sym"], 32)
+    section["config_groups"]["group_0"]["targets"] = ["re:.*self_attn.*", "model.layers.0.mlp.down_proj"]
+    skip = ("gate_proj", "up_proj", "1.mlp")
+    assert_equals_transformers(tmp_path, "ct-sym", skip=skip, quantization=section)
+
+
+def test_the_config_may_lie_in_a_file_of_its_own(tmp_path: Path) -> None:
+    case, form = case_named("llama2"), FORMATS["gptq-act-order"]
+    model, linears = quantized_model(case, LinearSource(form, 32))
+    write_quantized(tmp_path, case, model, linears, form, {})
+    (tmp_path / "config.json").write_text(json.dumps(case.config_json()))
+    with pytest.raises(ConfigError, match="needs its quantization_config"):
+        logits(tmp_path)
+    (tmp_path / "quantize_config.json").write_text(json.dumps({"bits": 4, "group_size": 32, "desc_act": True}))
+    assert (logits(tmp_path) - reference_logits(model, TOKENS)).abs().max() <= 1e-3
+
+
+def changed_tensor(folder: Path, name: str, change: Any) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    tensors[name] = change(tensors.get(name))
+    save_file(tensors, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("format_name", "suffix", "change", "complaint"),
+    [
+        ("gptq", "g_idx", lambda index: index.flip(0), "desc_act true"),
+        ("gptq-act-order", "g_idx", lambda index: index.clamp(max=0), "does not put 32 inputs into each of 2 groups"),
+        ("gptq-act-order", "g_idx", lambda index: index[:-8].clone(), r"shape \[56\]"),
+        ("gptq", "bias", lambda _: torch.ones(64), "config.json says that this linear has none"),
+        ("ct-sym", "weight_shape", lambda shape: shape.flip(0) + 1, r"says \[65, 65\], and config.json"),
+        ("ct-sym", "weight_zero_point", lambda _: torch.zeros(8, 2, dtype=torch.int32), "does not use"),
+    ],
+)
+def test_tensors_that_contradict_the_config_are_refused(
+    format_name: str, suffix: str, change: Any, complaint: str, tmp_path: Path
+) -> None:
+    case, form = case_named("llama2"), FORMATS[format_name]
+    model, linears = quantized_model(case, LinearSource(form, 32))
+    write_quantized(tmp_path, case, model, linears, form, quantization_config(form, 32))
+    changed_tensor(tmp_path, f"model.layers.1.self_attn.o_proj.{suffix}", change)
+    with pytest.raises(ConfigError, match=complaint):
+        logits(tmp_path)
+
+
+def test_leftovers_of_writers_are_let_pass(tmp_path: Path) -> None:
+    """AutoGPTQ adds a bias of zeros to every linear; compressed-tensors may keep an order that was never set."""
+    for format_name, name, leftover in (
+        ("gptq", "bias", torch.zeros(64)),
+        ("ct-asym", "weight_g_idx", torch.full((64,), -1, dtype=torch.int32)),
+    ):
+        case, form = case_named("llama2"), FORMATS[format_name]
+        model, linears = quantized_model(case, LinearSource(form, 32))
+        folder = write_quantized(tmp_path / format_name, case, model, linears, form, quantization_config(form, 32))
+        changed_tensor(folder, f"model.layers.1.self_attn.o_proj.{name}", lambda _, leftover=leftover: leftover)
+        assert (logits(folder) - reference_logits(model, TOKENS)).abs().max() <= 1e-3
 
 
 def test_half_of_a_fused_product_cannot_stay_plain(tmp_path: Path) -> None:
     case = case_named("internlm2")
-    config = awq_config(case, 32, True, modules_to_not_convert=["w1"])
+    section = awq(group_size=32, modules_to_not_convert=["w1"])
+    write_checkpoint(tmp_path, case.config_json(quantization_config=section), case.tensors(case.reference_model()))
     with pytest.raises(ConfigError, match=r"w1.*w3.*one product"):
-        logits(write_checkpoint(tmp_path, config, case.tensors(case.reference_model())))
+        logits(tmp_path)
 
 
 def test_the_splitting_of_wqkv_is_by_output_column() -> None:
@@ -127,35 +189,68 @@ def test_the_splitting_of_wqkv_is_by_output_column() -> None:
     codes = np.random.default_rng(2).integers(16, size=(4, 128))
     q, k, v = np.split(codes, [64, 96], 1)
     by_row = interleave(*(torch.from_numpy(part.T.copy()) for part in (q, k, v)))
-    by_word = interleave(*(pack(part).t() for part in (q, k, v)))
-    assert torch.equal(pack(by_row.t().numpy()), by_word.t())
+    by_word = interleave(*(signed(pack(part)).t() for part in (q, k, v)))
+    assert torch.equal(signed(pack(by_row.t().numpy())), by_word.t())
+
+
+def nested(section: dict[str, Any], *, weights: dict[str, Any] | None = None, **changes: Any) -> dict[str, Any]:
+    """Change keys of the group of config_groups, and of the weights in it."""
+    group = section["config_groups"]["group_0"]
+    changed = {**group, **changes, "weights": {**group["weights"], **(weights or {})}}
+    return {**section, "config_groups": {"group_0": changed}}
+
+
+CT = nested(compressed_config(), weights={"group_size": 32})
 
 
 @pytest.mark.parametrize(
-    ("changes", "complaint"),
+    ("quantization", "complaint"),
     [
-        ({"group_size": 48}, "group_size 48"),
-        ({"bits": 3}, "3 bits"),
-        ({"version": "gemv"}, "gemv"),
-        ({"quant_method": "gptq"}, "gptq"),
+        (awq(group_size=48), "group_size 48"),
+        (awq(group_size=32, bits=3), "3 bits"),
+        (awq("gemv_fast", group_size=32), "gemv_fast"),
+        (awq("marlin", group_size=32), "marlin"),
+        (awq(group_size=0), "group_size 0"),
+        (awq(group_size=32, bits=None), "'bits' is missing"),
+        (awq(group_size=32, zero_point=None), "'zero_point' is missing"),
+        (awq(group_size=32, zero_point=False), r"qzeros.*does not use|does not use.*qzeros"),
         ({"quant_method": "fp8"}, "fp8"),
-        ({"group_size": 0}, "group_size 0"),
-        ({"bits": None}, "'bits' is missing"),
-        ({"zero_point": None}, "'zero_point' is missing"),
-        ({"zero_point": False}, r"qzeros.*does not use|does not use.*qzeros"),
+        ({"quant_method": "bitsandbytes"}, "bitsandbytes"),
+        (gptq(group_size=32, bits=8), "8 bits.*lmdserve quantize"),
+        (gptq(group_size=32, bits=3), "3 bits"),
+        (gptq(group_size=32, checkpoint_format="marlin"), "marlin"),
+        (gptq(group_size=32, is_marlin_format=True), "marlin"),
+        (gptq(group_size=32, pack_dtype="int16"), "int16"),
+        (gptq(group_size=32, lm_head=True), "lm_head"),
+        (gptq(group_size=32, dynamic={"+:.*down.*": {"bits": 8}}), "8 bits"),
+        (gptq(group_size=32, dynamic={"-:(": {}}), "regular expression"),
+        (gptq(group_size=32, dynamic={"+:.*up_proj": {"group_size": 16}}), "one product"),
+        ({**CT, "format": "marlin-24"}, "marlin-24"),
+        ({**CT, "format": "int-quantized"}, "int-quantized"),
+        ({**CT, "quantization_status": "frozen"}, "frozen"),
+        ({**CT, "sparsity_config": {"format": "sparse-bitmask"}}, "sparse"),
+        ({**CT, "kv_cache_scheme": {"num_bits": 8}}, "kv_cache_scheme"),
+        ({**CT, "transform_config": {"config_groups": {"a": {}}}}, "transform_config"),
+        ({**CT, "ignore": []}, "output head"),
+        ({**CT, "config_groups": {}}, "names no linears"),
+        (nested(CT, input_activations={"num_bits": 8}), "input_activations"),
+        (nested(CT, weights={"num_bits": 8}), "8 bits"),
+        (nested(CT, weights={"type": "float"}), "float"),
+        (nested(CT, weights={"strategy": "tensor"}), "tensor"),
     ],
-)
-def test_what_awq_cannot_hold_is_refused(changes: dict[str, Any], complaint: str, tmp_path: Path) -> None:
-    case = case_named("internlm2")
-    quantized, _ = AwqWriter(group_size=32, zero_point=True).quantize(case.tensors(case.reference_model()))
-    config = awq_config(case, 32, True)
-    config["quantization_config"] |= changes
+)  # fmt: skip
+def test_what_cannot_be_served_is_refused_by_name(quantization: dict[str, Any], complaint: str, tmp_path: Path) -> None:
+    case, form = case_named("llama2"), FORMATS["awq"]
+    model, linears = quantized_model(case, LinearSource(form, 32))
+    write_quantized(tmp_path, case, model, linears, form, quantization)
     with pytest.raises(ConfigError, match=complaint):
-        logits(write_checkpoint(tmp_path, config, quantized))
+        logits(tmp_path)
 
 
 def test_quantized_weights_without_their_config_say_so(tmp_path: Path) -> None:
-    case = case_named("llama2")
-    quantized, _ = AwqWriter(group_size=32, zero_point=True).quantize(case.tensors(case.reference_model()))
+    case, form = case_named("llama2"), FORMATS["awq"]
+    model, linears = quantized_model(case, LinearSource(form, 32))
+    write_quantized(tmp_path, case, model, linears, form, quantization_config(form, 32))
+    (tmp_path / "config.json").write_text(json.dumps(case.config_json()))
     with pytest.raises(ConfigError, match="needs its quantization_config"):
-        logits(write_checkpoint(tmp_path, case.config_json(), quantized))
+        logits(tmp_path)

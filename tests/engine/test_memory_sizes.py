@@ -12,6 +12,7 @@ from lmdserve.engine.fused_linear import Int8Head
 from lmdserve.engine.kv_cache import KVCache
 from lmdserve.engine.memory_device import MemoryDevice
 from lmdserve.engine.memory_sizes import (
+    JOINED_ROWS,
     W4A16_WORKSPACE_BYTES,
     ComputeForm,
     LinearShape,
@@ -21,12 +22,14 @@ from lmdserve.engine.memory_sizes import (
     dequantized_kv_bytes,
     kv_block_bytes,
     largest_unpacked_bytes,
+    most_gathered_inputs,
     runtime_parts,
     sampling_bytes,
     step_buffer_bytes,
     weight_bytes,
 )
 from lmdserve.engine.model_config import ModelConfig
+from lmdserve.engine.reordered_linear import gather_scratch
 from lmdserve.engine.step_buffers import StepLimits, buffer_bytes
 
 FUSED, PLAIN = ComputeForm(2, True), ComputeForm(4, False)
@@ -88,6 +91,22 @@ def test_modules_left_unquantized_are_counted_as_such(tmp_path: Path) -> None:
     partly = _config(tmp_path, quantization_config=QUANTIZATION | {"modules_to_not_convert": ["attention.wo"]})
     difference = weight_bytes(partly, FUSED) - weight_bytes(quantized, FUSED)
     assert difference == 3 * 512 * 512 * (2 - (0.5 + 4 / 128))
+
+
+def test_orders_of_inputs_and_gathering_are_counted(tmp_path: Path) -> None:
+    """Only down needs no order: gate and up put out what it takes as it wants it."""
+    in_order = {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False}
+    plain = _config(tmp_path, quantization_config=in_order)
+    reordered = _config(tmp_path, quantization_config=in_order | {"desc_act": True})
+    assert weight_bytes(reordered, FUSED) - weight_bytes(plain, FUSED) == 3 * (512 + 512 + 512) * 4
+    hopper, sizes = MemoryDevice("cuda", "GPU", 2**36, 2**36, (9, 0)), StepSizes(**SIZES)
+    products = [
+        next(part.num_bytes for part in runtime_parts(config, FUSED, sizes, hopper) if part.name == "products")
+        for config in (plain, reordered)
+    ]
+    scratch = gather_scratch(most_gathered_inputs(reordered), torch.float16, torch.device("meta"))
+    assert products[1] - products[0] == scratch.nbytes + JOINED_ROWS * 2 * 768 * 2
+    assert most_gathered_inputs(plain) == 0
 
 
 @pytest.mark.parametrize(("out_features", "in_features", "group_size"), [(16, 128, 128), (24, 128, 128), (16, 96, 32)])
