@@ -4,7 +4,7 @@ The text is the user's own: `prepare` takes a folder of .txt files, trains a byt
 last part of each file as tokens and keeps those parts as held-out text. `train` learns from that folder alone:
 
     python -m lmdserve.demo.train_prose prepare --text TEXTS --data DATA
-    python -m lmdserve.demo.train_prose train --data DATA --out MODEL --seconds 110
+    python -m lmdserve.demo.train_prose train --data DATA --out MODEL --seconds 65
 """
 
 import argparse
@@ -26,7 +26,7 @@ BOS, EOS = 1, 2
 SPECIAL_TOKENS = ("<unk>", "<s>", "</s>")
 HELD_OUT_SHARE = 0.02  # of each file, at its end
 WINDOW_TOKENS = 1024
-HELD_OUT_WINDOWS = 128
+HELD_OUT_BATCHES = 2
 
 
 def prose_shape(vocab_size: int) -> Shape:
@@ -117,10 +117,10 @@ class Windows:
         starts = torch.randint(len(self.token_ids) - WINDOW_TOKENS, (count, 1), device=self.token_ids.device)
         return self.token_ids[starts + self._offsets].flatten()
 
-    def first(self, count: int) -> Tensor:
-        """Return the first windows, at most `count`."""
-        whole = len(self.token_ids) // WINDOW_TOKENS
-        return self.token_ids[: min(count, whole) * WINDOW_TOKENS]
+    def spread(self, count: int) -> Tensor:
+        """Return `count` windows at equal distances."""
+        starts = torch.linspace(0, len(self.token_ids) - WINDOW_TOKENS, count, device=self.token_ids.device).long()
+        return self.token_ids[starts[:, None] + self._offsets].flatten()
 
 
 class ProseTraining:
@@ -161,10 +161,8 @@ class ProseTraining:
     @torch.no_grad()
     def held_out_loss(self) -> float:
         """Return the mean loss on the held-out text, in nats a token."""
-        size = self.options.rows * WINDOW_TOKENS
-        windows = self.held_out.first(HELD_OUT_WINDOWS)
-        whole = windows[: len(windows) // size * size].view(-1, size) if len(windows) >= size else windows[None]
-        return float(torch.stack([self.mean_loss(part) for part in whole]).mean())
+        parts = self.held_out.spread(HELD_OUT_BATCHES * self.options.rows).view(HELD_OUT_BATCHES, -1)
+        return float(torch.stack([self.mean_loss(part) for part in parts]).mean())
 
     def run(self) -> None:
         """Train for the time given, then write the model."""
@@ -179,7 +177,8 @@ class ProseTraining:
             now = loss.item()  # waits, so that the schedule sees the time that steps take
             if progress >= next_report:
                 tokens = step * self.options.rows * WINDOW_TOKENS / 1e6
-                print(f"progress {progress:.2f} step {step} {tokens:.0f}M tokens: loss {now:.4f}", flush=True)
+                held_out = self.held_out_loss()
+                print(f"{progress:4.0%} {tokens:.0f}M tokens: loss {now:.4f}, held out {held_out:.4f}", flush=True)
                 next_report += 0.1
         print(f"{step} steps, held-out loss {self.held_out_loss():.4f} nats a token", flush=True)
         write_llama_checkpoint(self.network.state_dict(), self.shape, self.options.out)
@@ -198,7 +197,7 @@ def main() -> None:
     training = commands.add_parser("train")
     training.add_argument("--data", type=Path, required=True, help="folder that `prepare` wrote")
     training.add_argument("--out", type=Path, required=True)
-    training.add_argument("--seconds", type=float, default=110)
+    training.add_argument("--seconds", type=float, default=65)
     training.add_argument("--rate", type=float, default=3e-3, help="peak learning rate")
     training.add_argument("--rows", type=int, default=64, help=f"windows of {WINDOW_TOKENS} tokens in a batch")
     training.add_argument("--seed", type=int, default=1)

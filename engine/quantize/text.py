@@ -140,6 +140,12 @@ def read_text(
     return TokenStream(source, _encode_documents(documents, encode, encode_chat, source, is_joined=True))
 
 
+def held_out_text(source: str) -> str:
+    """Return the text to measure on when a model was calibrated on `source`: its own other part, else the built-in."""
+    has_other_part = source in DATA_SETS and "evaluation" in DATA_SETS[source].files
+    return source if has_other_part else BUILTIN
+
+
 def calibration_windows(source: TokenSource, *, num_samples: int, seqlen: int, seed: int) -> torch.Tensor:
     """Return int64 [num_samples, seqlen], the same for the same seed; ConfigError when there is too little text."""
     return torch.tensor(source.draw(num_samples, seqlen, random.Random(seed)), dtype=torch.int64)

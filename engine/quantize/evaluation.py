@@ -1,0 +1,256 @@
+"""Perplexity, KL divergence and agreement of a checkpoint, computed by the decoder and kernels that would serve it.
+
+Convention: a window of n tokens gives n - 1 predictions, each from the tokens before it in the window; perplexity is
+exp of the mean negative log-likelihood over all of them. With windows of 2048 tokens of wikitext2's test split that is
+the usual figure of the quantization papers (GPTQ's `wikitext2`). KL divergence is the mean of KL(reference || model)
+over the same predictions, in nats.
+
+Models are in memory one after the other: of the reference its final hidden states are kept, on the host, and its head.
+Logits exist for a few rows at a time.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch.nn import functional
+
+from ..api import ConfigError
+from ..config import Dtype, EngineConfig, QuantPolicy
+from ..loader import load_model
+from ..memory import resolve_dtype_name
+from ..model_config import ModelConfig
+from .forward_pass import Head, head_of, make_forward_pass
+from .report import QualityRow
+
+KV_POLICIES: tuple[QuantPolicy, ...] = (0, 8, 4)
+WINDOW_TOKENS = 2048  # the usual convention; a model of a shorter context has shorter windows
+_LOGIT_BYTES = 64 << 20  # of one chunk's logits; a few such tensors exist at once
+
+OnProgress = Callable[[float], None]  # the share that is done, 0 to 1
+
+
+def window_tokens(config: ModelConfig) -> int:
+    """Return the window that a model is evaluated with."""
+    return min(WINDOW_TOKENS, config.max_position_embeddings)
+
+
+class Reference:
+    """What other models are measured against: final hidden states on the host, and the head that belongs to them."""
+
+    def __init__(self, hidden_states: torch.Tensor, head: Head, vocab_size: int, perplexity: float) -> None:
+        """`hidden_states` is [num_windows, seqlen, hidden_size], on the host."""
+        self._hidden_states = hidden_states
+        self._head = head
+        self.vocab_size = vocab_size
+        self.perplexity = perplexity
+
+    def log_probabilities(self, first: int, count: int, device: torch.device) -> Iterator[torch.Tensor]:
+        """Yield fp32 [num_rows, vocab_size] for the predictions of `count` windows, in chunks as everywhere here."""
+        hidden = self._hidden_states[first : first + count].to(device)
+        for rows in _prediction_rows(hidden, self.vocab_size):
+            yield functional.log_softmax(self._head(rows), -1)
+
+
+class LoadedModel:
+    """One checkpoint in memory, to be measured with several KV policies."""
+
+    def __init__(self, folder: Path, *, device: torch.device, dtype: Dtype = "auto") -> None:
+        """Load as a server on this device would, and raise ConfigError as there."""
+        self.config = ModelConfig.from_folder(folder)
+        dtype_name = resolve_dtype_name(EngineConfig(dtype=dtype), self.config, device.type)
+        self._folder = folder
+        self._dtype: torch.dtype = getattr(torch, dtype_name)
+        self._device = device
+        self._model = load_model(folder, self.config, dtype=self._dtype, device=device)
+
+    def reference(self, windows: torch.Tensor, on_progress: OnProgress | None = None) -> tuple[Reference, QualityRow]:
+        """Return this model with its KV cache in 16 bits as what others are measured against, and its own row."""
+        head, sums, kept = head_of(self._model), _Sums(), []
+        for part, hidden in self._passes(windows, 0, on_progress):
+            kept.append(hidden.cpu())
+            for rows, targets in _predictions(part, hidden, self.config.vocab_size):
+                log_probabilities = functional.log_softmax(head(rows), -1)
+                sums.add(log_probabilities, targets, expected=log_probabilities)
+        reference = Reference(torch.cat(kept), head, self.config.vocab_size, sums.perplexity())
+        return reference, self._row(0, sums, reference)
+
+    def measure(
+        self,
+        windows: torch.Tensor,
+        quant_policy: QuantPolicy,
+        reference: Reference | None,
+        on_progress: OnProgress | None = None,
+    ) -> QualityRow:
+        """Return what this model answers with one KV policy; without a reference only its perplexity."""
+        if reference is not None and reference.vocab_size != self.config.vocab_size:
+            raise ConfigError(
+                f"{self._folder} has {self.config.vocab_size} tokens and the model it is compared with "
+                f"{reference.vocab_size}; only models of one vocabulary can be compared"
+            )
+        head, sums, first = head_of(self._model), _Sums(), 0
+        for part, hidden in self._passes(windows, quant_policy, on_progress):
+            predictions = _predictions(part, hidden, self.config.vocab_size)
+            if reference is None:
+                for rows, targets in predictions:
+                    sums.add(functional.log_softmax(head(rows), -1), targets, expected=None)
+            else:
+                known = reference.log_probabilities(first, len(part), self._device)
+                for (rows, targets), expected in zip(predictions, known, strict=True):
+                    sums.add(functional.log_softmax(head(rows), -1), targets, expected=expected)
+            first += len(part)
+        return self._row(quant_policy, sums, reference)
+
+    def _passes(
+        self, windows: torch.Tensor, quant_policy: QuantPolicy, on_progress: OnProgress | None
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Yield a few windows at a time, on the device, and their final hidden states [count, seqlen, hidden_size]."""
+        num_windows, seqlen = windows.shape
+        self._check_windows(windows)
+        forward_pass = make_forward_pass(
+            self._model, seqlen=seqlen, quant_policy=quant_policy, dtype=self._dtype, device=self._device
+        )
+        done = 0
+        for part in torch.split(windows, forward_pass.num_windows):
+            part = part.to(self._device)
+            yield part, forward_pass.hidden_states(part).view(len(part), seqlen, -1)
+            done += len(part)
+            if on_progress is not None:
+                on_progress(done / num_windows)
+
+    def _check_windows(self, windows: torch.Tensor) -> None:
+        seqlen, context_len = windows.shape[1], self.config.max_position_embeddings
+        if seqlen > context_len:
+            raise ConfigError(f"windows have {seqlen} tokens and the model's context {context_len}; take shorter ones")
+        if int(windows.max()) >= self.config.vocab_size:
+            raise ConfigError(
+                f"the text has token {int(windows.max())} and the model's vocabulary ends at "
+                f"{self.config.vocab_size - 1}; the tokenizer belongs to another model"
+            )
+
+    def _row(self, quant_policy: QuantPolicy, sums: "_Sums", reference: Reference | None) -> QualityRow:
+        perplexity = sums.perplexity()
+        return QualityRow(
+            weights="16-bit" if self.config.quantization is None else "4-bit",
+            kv_bits=quant_policy or 16,
+            perplexity=_finite(perplexity),
+            perplexity_increase=None if reference is None else _finite(perplexity / reference.perplexity - 1),
+            kl_divergence=None if reference is None else _finite(sums.kl_divergence()),
+            top1_agreement=None if reference is None else sums.top1_agreement(),
+        )
+
+
+def evaluate(
+    folder: Path,
+    windows: torch.Tensor,
+    *,
+    device: torch.device,
+    dtype: Dtype = "auto",
+    kv_policies: Sequence[QuantPolicy] = KV_POLICIES,
+    reference: Reference | None = None,
+    on_progress: OnProgress | None = None,
+) -> list[QualityRow]:
+    """Measure one checkpoint on windows (int64 [num_windows, seqlen]), a row for each KV policy in their order."""
+    model = LoadedModel(folder, device=device, dtype=dtype)
+    progress = _Shares(on_progress, len(kv_policies))
+    return [model.measure(windows, policy, reference, progress.next()) for policy in kv_policies]
+
+
+def compare(
+    reference_folder: Path,
+    folder: Path,
+    windows: torch.Tensor,
+    *,
+    device: torch.device,
+    dtype: Dtype = "auto",
+    kv_policies: Sequence[QuantPolicy] = KV_POLICIES,
+    on_progress: OnProgress | None = None,
+) -> list[QualityRow]:
+    """Measure two checkpoints, one after the other in memory: first the rows of the reference, then the other's.
+
+    The first row is the reference with its KV cache in 16 bits; everything is relative to that one.
+    """
+    quantized = [policy for policy in kv_policies if policy != 0]
+    progress = _Shares(on_progress, 1 + len(quantized) + len(kv_policies))
+    model = LoadedModel(reference_folder, device=device, dtype=dtype)
+    reference, row = model.reference(windows, progress.next())
+    rows = [row, *(model.measure(windows, policy, reference, progress.next()) for policy in quantized)]
+    del model
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    model = LoadedModel(folder, device=device, dtype=dtype)
+    rows += (model.measure(windows, policy, reference, progress.next()) for policy in kv_policies)
+    return rows
+
+
+class _Shares:
+    """Joins the progress of several measurements of equal length."""
+
+    def __init__(self, on_progress: OnProgress | None, count: int) -> None:
+        self._on_progress = on_progress
+        self._count = count
+        self._begun = 0
+
+    def next(self) -> OnProgress | None:
+        """Return what the next measurement reports to."""
+        on_progress, begun = self._on_progress, self._begun
+        self._begun += 1
+        return None if on_progress is None else lambda share: on_progress((begun + share) / self._count)
+
+
+class _Sums:
+    """Totals over predictions, in float64 on the device."""
+
+    def __init__(self) -> None:
+        self._num_predictions = 0
+        self._negative_log_likelihood: torch.Tensor | float = 0.0
+        self._divergence: torch.Tensor | float = 0.0
+        self._num_agreed: torch.Tensor | int = 0
+
+    def add(self, log_probabilities: torch.Tensor, targets: torch.Tensor, *, expected: torch.Tensor | None) -> None:
+        """Add rows of log-probabilities [num_rows, vocab_size]: what was said, what came, and what was expected."""
+        self._num_predictions += len(targets)
+        self._negative_log_likelihood -= log_probabilities.gather(1, targets[:, None]).sum(dtype=torch.float64)
+        if expected is not None:
+            divergence = functional.kl_div(log_probabilities, expected, reduction="none", log_target=True)
+            self._divergence += divergence.sum(-1).sum(dtype=torch.float64)
+            self._num_agreed += (log_probabilities.argmax(-1) == expected.argmax(-1)).sum()
+
+    def perplexity(self) -> float:
+        """Return exp of the mean negative log-likelihood; inf past float64's range."""
+        try:
+            return math.exp(float(self._negative_log_likelihood) / self._num_predictions)
+        except OverflowError:
+            return math.inf
+
+    def kl_divergence(self) -> float:
+        """Return nats a token; rounding may leave less than nothing of a zero, which is no divergence."""
+        mean = float(self._divergence) / self._num_predictions
+        return 0.0 if mean < 0 else mean
+
+    def top1_agreement(self) -> float:
+        """Return the share of predictions with the same likeliest token."""
+        return float(self._num_agreed) / self._num_predictions
+
+
+def _predictions(
+    windows: torch.Tensor, hidden: torch.Tensor, vocab_size: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield chunks of hidden states that predict something, and the tokens that came [num_rows]."""
+    chunks = _prediction_rows(hidden, vocab_size)
+    targets = windows[:, 1:].flatten()
+    return zip(chunks, torch.split(targets, _chunk_rows(vocab_size)), strict=True)
+
+
+def _prediction_rows(hidden: torch.Tensor, vocab_size: int) -> Sequence[torch.Tensor]:
+    """Return the rows [num_rows, hidden_size] of all but each window's last token, as many as logits have room for."""
+    return torch.split(hidden[:, :-1].flatten(0, 1), _chunk_rows(vocab_size))
+
+
+def _chunk_rows(vocab_size: int) -> int:
+    return max(1, _LOGIT_BYTES // (4 * vocab_size))
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
