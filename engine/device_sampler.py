@@ -145,9 +145,10 @@ class DeviceSampler:
         chunks: SequenceOf[Chunk] | None,
     ) -> torch.Tensor:
         samples = row_slots.new_empty((2, logits.shape[0]))
-        find_best(logits, row_slots, self._parameters, samples, self._scratch)
+        deterministic = chunks is not None and any(chunk.sequence.is_deterministic for chunk in chunks)
+        find_best(logits, row_slots, self._parameters, samples, self._scratch, deterministic=deterministic)
         if _any_in(self._limited, chunks):
-            limit_tokens(logits, row_slots, self._parameters, self._scratch)
+            limit_tokens(logits, row_slots, self._parameters, self._scratch, deterministic=deterministic)
         if _any_in(self._drawing, chunks):
             draw_tokens(logits, row_slots, output_positions, self._parameters, samples, self._scratch)
         return samples

@@ -38,12 +38,15 @@ def find_best(
     parameters: torch.Tensor,
     samples: torch.Tensor,
     scratch: SamplingScratch,
+    *,
+    deterministic: bool = False,
 ) -> None:
     """Write each row's best token, the first of equals, to samples[0], and to samples[1] whether its logit is finite.
 
     logits fp32 [R, vocab_size], columns adjacent; row_slots int32 [R]; parameters fp64 [num_slots, NUM_PARAMETERS],
-    contiguous; samples int32 [2, R], contiguous. A row that holds NaN or positive infinity is not valid. Raises
-    ValueError when shapes do not fit.
+    contiguous; samples int32 [2, R], contiguous. A row that holds NaN or positive infinity is not valid.
+    deterministic: what top_p keeps of a row does not depend on the other rows, even in the last bit. Raises ValueError
+    when shapes do not fit.
     """
     num_rows, vocab_size = logits.shape
     if row_slots.shape != (num_rows,) or samples.shape != (2, num_rows) or logits.stride(1) != 1:
@@ -56,7 +59,7 @@ def find_best(
             f"find_best got {num_rows} rows of {vocab_size} logits; its scratch memory is for {scratch.max_rows} rows "
             f"of {scratch.vocab_size}"
         )
-    size = part_size(num_rows, vocab_size, BLOCK)
+    size = part_size(num_rows, vocab_size, BLOCK, deterministic=deterministic)
     _peaks_kernel[(num_rows, triton.cdiv(vocab_size, size))](
         logits,
         row_slots,

@@ -178,7 +178,12 @@ def _head_kernel(  # type: ignore[no-untyped-def]
 
 
 def limit_by_head(
-    logits: torch.Tensor, row_slots: torch.Tensor, parameters: torch.Tensor, scratch: SamplingScratch
+    logits: torch.Tensor,
+    row_slots: torch.Tensor,
+    parameters: torch.Tensor,
+    scratch: SamplingScratch,
+    *,
+    deterministic: bool,
 ) -> None:
     """Raise rows' thresholds to what top_k and top_p ask for, and say in scratch.is_open which rows are still to do.
 
@@ -187,6 +192,7 @@ def limit_by_head(
     num_rows, vocab_size = logits.shape
     num_tiles = triton.cdiv(vocab_size, PEAK_TILE)
     fewest_tiles = min(_ENOUGH_TILES, triton.cdiv(num_tiles, 4))  # a quarter of a small vocabulary
+    size = part_size(num_rows, vocab_size, BLOCK, deterministic=deterministic)  # as `find_best` divides a row
     _head_kernel[(num_rows,)](
         logits,
         row_slots,
@@ -201,7 +207,7 @@ def limit_by_head(
         scratch.is_open,
         logits.stride(0),
         vocab_size,
-        triton.cdiv(vocab_size, part_size(num_rows, vocab_size, BLOCK)),  # as `find_best` divides a row
+        triton.cdiv(vocab_size, size),
         num_tiles,
         scratch.lists.shape[1],
         MOST_PARTS=MOST_PARTS,

@@ -38,7 +38,12 @@ _THRESHOLD_WARPS = 16
 
 
 def limit_tokens(
-    logits: torch.Tensor, row_slots: torch.Tensor, parameters: torch.Tensor, scratch: SamplingScratch
+    logits: torch.Tensor,
+    row_slots: torch.Tensor,
+    parameters: torch.Tensor,
+    scratch: SamplingScratch,
+    *,
+    deterministic: bool = False,
 ) -> None:
     """Raise each row's threshold in `scratch` to what its slot's top_k and top_p ask for.
 
@@ -47,8 +52,8 @@ def limit_tokens(
     """
     num_rows, vocab_size = logits.shape
     options = launch_options(logits.device)
-    limit_by_head(logits, row_slots, parameters, scratch)
-    size = part_size(num_rows, vocab_size, _MEASURE_BLOCK)
+    limit_by_head(logits, row_slots, parameters, scratch, deterministic=deterministic)
+    size = part_size(num_rows, vocab_size, _MEASURE_BLOCK, deterministic=deterministic)
     num_parts = triton.cdiv(vocab_size, size)
     _measures_kernel[(num_rows, num_parts)](
         logits,

@@ -82,9 +82,12 @@ def sampling_scratch(max_rows: int, vocab_size: int, device: torch.device) -> Sa
     )
 
 
-def part_size(num_rows: int, vocab_size: int, multiple: int) -> int:
-    """Return how many tokens of a row each of its programs takes, a multiple of `multiple`."""
-    num_parts = max(_FEWEST_PARTS, min(MOST_PARTS, _ENOUGH_PROGRAMS // num_rows))
+def part_size(num_rows: int, vocab_size: int, multiple: int, *, deterministic: bool = False) -> int:
+    """Return how many tokens of a row each of its programs takes, a multiple of `multiple`.
+
+    deterministic: the same for every number of rows, because sums over a row's parts depend on where it is cut.
+    """
+    num_parts = MOST_PARTS if deterministic else max(_FEWEST_PARTS, min(MOST_PARTS, _ENOUGH_PROGRAMS // num_rows))
     return -(-vocab_size // (num_parts * multiple)) * multiple
 
 

@@ -13,6 +13,9 @@ from lmdserve.engine.api import EngineInfo, Request, SamplingParams
 from lmdserve.engine.device_sampler import DeviceSampler
 from lmdserve.engine.sequence import Sequence, new_sequence
 from lmdserve.engine.step import Chunk
+from lmdserve.kernels.sampling import find_best
+from lmdserve.kernels.sampling_thresholds import limit_tokens
+from lmdserve.kernels.sampling_weights import NUM_PARAMETERS, TEMPERATURE, TOP_P, sampling_scratch
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -99,6 +102,22 @@ def test_draws_follow_their_distribution(sampling: dict[str, Any]) -> None:
     for token_id, share in enumerate((kept / kept.sum()).tolist()):
         deviation = math.sqrt(2000 * share * (1 - share))
         assert abs(counts[token_id] - 2000 * share) <= 4 * deviation + 1
+
+
+def test_what_top_p_keeps_of_a_deterministic_row_is_its_own_business() -> None:
+    """The row's weight is a sum over parts. Flat rows: its last bit decides on one token more or less in a few rows."""
+    logits = torch.randn(256, VOCAB_SIZE, device="cuda", generator=torch.Generator("cuda").manual_seed(1))
+    parameters = torch.zeros(1, NUM_PARAMETERS.value, dtype=torch.float64, device="cuda")
+    parameters[0, TEMPERATURE.value], parameters[0, TOP_P.value] = 1.0, 0.95
+    scratch = sampling_scratch(256, VOCAB_SIZE, logits.device)
+
+    def thresholds(rows: torch.Tensor) -> torch.Tensor:
+        slots, samples = _numbers([0] * len(rows)), _numbers([0] * 2 * len(rows)).view(2, -1)
+        find_best(rows, slots, parameters, samples, scratch, deterministic=True)
+        limit_tokens(rows, slots, parameters, scratch, deterministic=True)
+        return scratch.thresholds[: len(rows)].clone()
+
+    assert torch.equal(torch.cat([thresholds(rows) for rows in logits.split(5)]), thresholds(logits))
 
 
 def test_a_captured_graph_follows_the_slots() -> None:
