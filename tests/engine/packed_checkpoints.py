@@ -170,12 +170,16 @@ def quantization_config(form: Format, group_size: int) -> dict[str, Any]:
 
 
 class LinearSource:
-    """Random linears; `orders` says which of a layer's linears share one order of inputs."""
+    """Random linears, the same for every format; `shares_orders`: q, k and v have one order of inputs, gate and up too.
 
-    def __init__(self, form: Format, group_size: int, *, shares_orders: bool = True) -> None:
+    `gain` is about what a product multiplies the deviation of its inputs by.
+    """
+
+    def __init__(self, form: Format, group_size: int, *, shares_orders: bool = True, gain: float = 2.0) -> None:
         self._form = form
         self._group_size = group_size
         self._shares_orders = shares_orders
+        self._gain = gain
         self._random = np.random.default_rng(9)
         self._orders: dict[str, np.ndarray] = {}
 
@@ -188,7 +192,8 @@ class LinearSource:
             zeros = self._random.integers(16, size=(out_features, groups))
         codes = self._random.integers(16, size=(out_features, in_features))
         codes = np.clip(codes // 2 + zeros.repeat(group_size, 1) // 2, 0, 15)  # so that no weight is far from 0
-        scales = self._random.uniform(0.02, 0.08, size=(out_features, groups)).astype(np.float16)
+        step = self._gain / 5 / math.sqrt(in_features)
+        scales = self._random.uniform(0.5 * step, 1.5 * step, size=(out_features, groups)).astype(np.float16)
         return Linear(codes, zeros, scales, self._group_index(module, in_features, group_size))
 
     def _group_index(self, module: str, in_features: int, group_size: int) -> np.ndarray:
