@@ -70,6 +70,14 @@ def memory_without(running: EngineInfo, config: EngineConfig) -> MemoryDevice:
     return device._replace(free_bytes=device.free_bytes + torch.cuda.memory_reserved())
 
 
+def spare_gpu_bytes(config: EngineConfig, running: EngineInfo) -> int | None:
+    """Return what another process may take beside the running engine at its planned peak; None without a GPU."""
+    if _is_on_cpu(config):
+        return None
+    planned_bytes = sum(running.planned_bytes.values()) - CONTEXT_BYTES  # the context is there already
+    return torch.cuda.mem_get_info()[0] - max(0, planned_bytes - torch.cuda.memory_reserved())
+
+
 def _plan_beside(config: EngineConfig, model_config: ModelConfig, asked: EngineConfig) -> MemoryPlan | None:
     try:
         return plan_memory(config, model_config, memory_left(asked))

@@ -7,22 +7,26 @@ which aiohttp lets the handler of a client that has left run to its end.
 import asyncio
 import logging
 import signal
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
 
 from aiohttp import web
 
 from lmdserve.engine.api import ConfigError, Engine
 
-from .auth import KeyRing
-from .config import ServerConfig
+from .admin import make_admin
+from .auth import AdminDoor, KeyRing
+from .config import ServerConfig, check_admin
 from .metrics import ServerMetrics
 from .middleware import MIDDLEWARES, add_headers
 from .model import ServedModel
 from .routes import routes
 from .services import SERVICES, Lifecycle, Phase, Services
 from .serving import Servings, make_serving
+from .swap import Loader
+from .worker_process import WORKER_COMMAND
 
 logger = logging.getLogger(__name__)
 
@@ -32,14 +36,32 @@ FLUSH_TIMEOUT_S = 2.0  # for last bytes to leave once the engine has stopped
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
-def build(engine: Engine, model: ServedModel, config: ServerConfig) -> web.Application:
-    """Return the application that serves `model` on `engine`; it starts the engine, and stops it when it ends."""
+def build(
+    engine: Engine,
+    model: ServedModel,
+    config: ServerConfig,
+    *,
+    loader: Loader | None = None,
+    worker_command: Sequence[str] = WORKER_COMMAND,
+) -> web.Application:
+    """Return the application that serves `model` on `engine`; it starts the engine, and stops it when it ends.
+
+    `loader` loads the checkpoints that orders name; without one none are taken. `worker_command` begins the command
+    line of quantizing processes.
+    """
+    check_admin(config)
     app = web.Application(middlewares=MIDDLEWARES, client_max_size=MAX_BODY_BYTES)
     prompt_threads = ThreadPoolExecutor(NUM_PROMPT_THREADS, thread_name_prefix="lmdserve-prompt")
+    servings = Servings(make_serving(engine, model, prompt_threads))
+    admin = None
+    if config.is_admin_open and config.models_dir is not None and loader is not None:
+        admin = make_admin(servings, Path(config.models_dir), loader, prompt_threads, worker_command)
     app[SERVICES] = Services(
-        servings=Servings(make_serving(engine, model, prompt_threads)),
+        servings=servings,
         config=config,
         keys=KeyRing(config.api_keys),
+        admin_door=AdminDoor(config),
+        admin=admin,
         metrics=ServerMetrics(),
         lifecycle=Lifecycle(),
         prompt_threads=prompt_threads,
@@ -92,6 +114,8 @@ async def _run_engine(app: web.Application) -> AsyncGenerator[None, None]:
     services = app[SERVICES]
     await services.servings.current.engine.start()
     services.lifecycle.phase = Phase.RUNNING
+    if services.admin is not None:
+        services.admin.jobs.start()
     lag_task = asyncio.create_task(services.metrics.watch_loop_lag())
     yield
     lag_task.cancel()
@@ -106,7 +130,8 @@ async def _stop_engine(app: web.Application) -> None:
     services = app[SERVICES]
     services.lifecycle.phase = Phase.DRAINING
     services.servings.close()
-    await asyncio.gather(*(serving.engine.stop(0.0) for serving in services.servings.live))
+    stops = [serving.engine.stop(0.0) for serving in services.servings.live]
+    await asyncio.gather(*stops, *([services.admin.jobs.stop()] if services.admin is not None else []))
 
 
 async def _drain(services: Services, signal_name: str, signals: "asyncio.Queue[str]") -> None:

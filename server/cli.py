@@ -6,23 +6,20 @@ Everything heavy (torch, aiohttp) is imported inside the functions that need it,
 import argparse
 import asyncio
 import dataclasses
-import importlib
 import logging
 import os
 import secrets
 import sys
 import threading
 from collections.abc import Callable, Collection, Coroutine, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lmdserve import __version__
 from lmdserve.engine.api import ENGINE_THREAD_PREFIX, ConfigError, Engine
 from lmdserve.engine.config import ByteCount, EngineConfig
-from lmdserve.engine.torch_setup import begin_cuda_context, prepare_torch
 
-from .config import ServerConfig
+from .config import ServerConfig, check_admin
+from .loading import EngineLoader
 from .options import OptionParser, add_options, read_options, reader, suggestion
 
 if TYPE_CHECKING:
@@ -35,6 +32,7 @@ usage: lmdserve [serve] [--model M] [options]   serve a model over the OpenAI AP
        lmdserve chat [M] [options]              talk to a model in this terminal, no server needed
        lmdserve plan [M] [options]              print what fits into memory; loads nothing
        lmdserve bench [URL] [options]           measure a running server
+       lmdserve quantize M --work-dir OUT       make a 4-bit checkpoint (AWQ) and measure what it cost
        lmdserve COMMAND --help | --version
 """
 
@@ -66,12 +64,14 @@ def serve(arguments: Sequence[str]) -> int:
     parser = OptionParser(prog="lmdserve", usage=OVERVIEW.removeprefix("usage: ").rstrip())
     engine_config, server_config, _ = _parse(parser, arguments, log_level="INFO")
     server_config = _with_keys_from_environment(server_config)
-    engine, model = _load(engine_config, server_config)
+    check_admin(server_config)
+    loader = EngineLoader(engine_config, server_config)
+    engine, model = loader.load_first()
 
     from .app import build
     from .app import serve as run_app
 
-    app = build(engine, model, server_config)
+    app = build(engine, model, server_config, loader=loader)
 
     def announce(url: str) -> None:
         print(
@@ -100,7 +100,7 @@ def chat(arguments: Sequence[str]) -> int:
         server_config, server_name="127.0.0.1", server_port=0, api_keys=(secrets.token_urlsafe(),), shutdown_timeout=1.0
     )
     message = piped_message()
-    engine, model = _load(engine_config, server_config)
+    engine, model = EngineLoader(engine_config, server_config).load_first()
     return _run(_chat(engine, model, server_config, repl_options, message))
 
 
@@ -141,7 +141,28 @@ def bench(arguments: Sequence[str]) -> int:
     return run_bench(parser.parse_known(arguments))
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"serve": serve, "chat": chat, "plan": plan, "bench": bench}
+def quantize(arguments: Sequence[str]) -> int:
+    """`lmdserve quantize M --work-dir OUT`: `server/quantize_command.py`."""
+    from .quantize_command import quantize as run
+
+    return run(arguments)
+
+
+def lite(arguments: Sequence[str]) -> int:
+    """`lmdserve lite auto_awq M`: LMDeploy's spelling of `quantize`."""
+    from .quantize_command import lite as run
+
+    return run(arguments)
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "serve": serve,
+    "chat": chat,
+    "plan": plan,
+    "bench": bench,
+    "quantize": quantize,
+    "lite": lite,
+}
 
 
 def _parse(
@@ -160,37 +181,13 @@ def _parse(
 
 
 def _with_keys_from_environment(config: ServerConfig) -> ServerConfig:
-    from_environment = os.environ.get("LMDSERVE_API_KEYS", "").split(",")
-    keys = dict.fromkeys((*config.api_keys, *(key.strip() for key in from_environment if key.strip())))
-    return dataclasses.replace(config, api_keys=tuple(keys))
+    api_keys = _joined(config.api_keys, "LMDSERVE_API_KEYS")
+    return dataclasses.replace(config, api_keys=api_keys, admin_keys=_joined(config.admin_keys, "LMDSERVE_ADMIN_KEYS"))
 
 
-def _load(engine_config: EngineConfig, server_config: ServerConfig) -> tuple[Engine, "ServedModel"]:
-    """Load weights, tokenizer and chat template; everything that can be wrong with them is a ConfigError.
-
-    The text side and the modules of the HTTP side, which do without torch, are loaded on a thread beside the weights.
-    """
-    prepare_torch()
-    if engine_config.device != "cpu":
-        begin_cuda_context()
-    from lmdserve.engine.model_folder import resolve_model_folder
-
-    folder = resolve_model_folder(engine_config.model, engine_config.revision)
-    with ThreadPoolExecutor(1) as beside:
-        model = beside.submit(_load_text_side, folder, engine_config.model, server_config)
-        from lmdserve.engine.loop import load_engine
-
-        engine = load_engine(dataclasses.replace(engine_config, model=str(folder)))
-        return engine, model.result()
-
-
-def _load_text_side(folder: Path, model: str, server_config: ServerConfig) -> "ServedModel":
-    from .model import load_served_model
-
-    name = server_config.model_name or os.path.basename(model.rstrip("/"))
-    served = load_served_model(folder, name=name, chat_template=server_config.chat_template)
-    importlib.import_module("lmdserve.server.app")
-    return served
+def _joined(keys: Sequence[str], variable: str) -> tuple[str, ...]:
+    from_environment = (key.strip() for key in os.environ.get(variable, "").split(","))
+    return tuple(dict.fromkeys((*keys, *filter(None, from_environment))))
 
 
 def _run(main_task: Coroutine[Any, Any, int]) -> int:

@@ -1,8 +1,11 @@
 """The server's options, each with its name, default and help in one place. No torch and no aiohttp here."""
 
+import ipaddress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
+from lmdserve.engine.api import ConfigError
 from lmdserve.engine.config import check_bounds, option
 
 LogLevel = Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"]
@@ -26,7 +29,42 @@ class ServerConfig:
     keep_alive_interval: float = option(
         15.0, "seconds of silence after which a stream gets an SSE comment", at_least=0.1
     )
+    models_dir: str | None = option(None, "folder of checkpoints that /admin may quantize, write and serve")
+    admin_keys: tuple[str, ...] = option(
+        (), "one or more keys that open /admin, which is closed without; also LMDSERVE_ADMIN_KEYS, by commas"
+    )
+    admin: bool = option(False, "open /admin without a key to programs on this machine")
     allow_origins: tuple[str, ...] = option((), "origins that browsers may call from (CORS); `*` for any")
 
     def __post_init__(self) -> None:
         check_bounds(self)
+
+    @property
+    def is_admin_open(self) -> bool:
+        """Whether anybody may give orders."""
+        return self.admin or bool(self.admin_keys)
+
+
+def check_admin(config: ServerConfig) -> None:
+    """Raise ConfigError unless the options about /admin make sense together."""
+    if not config.is_admin_open:
+        return
+    if config.models_dir is None:
+        raise ConfigError("--admin and --admin-keys need --models-dir, the folder that orders are confined to")
+    if not Path(config.models_dir).is_dir():
+        raise ConfigError(f"--models-dir {config.models_dir} is no folder; make it, or name another")
+    if config.admin and not config.admin_keys and not is_loopback(config.server_name):
+        raise ConfigError(
+            f"--admin opens /admin to whoever can connect, so it needs an address of this machine alone, and "
+            f"--server-name is {config.server_name}; give --admin-keys instead"
+        )
+    if set(config.admin_keys) & set(config.api_keys):
+        raise ConfigError("a key is in --api-keys and in --admin-keys; clients must not be able to give orders")
+
+
+def is_loopback(host: str) -> bool:
+    """Say whether an address or name is this machine's own."""
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"

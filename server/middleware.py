@@ -58,7 +58,7 @@ async def answer_preflight(request: web.Request, handler: Handler) -> web.Stream
     if not asks or _allowed_origin(request) is None:
         return await handler(request)
     headers = {
-        "Access-Control-Allow-Methods": "GET, POST, OPTIONS",
+        "Access-Control-Allow-Methods": "GET, POST, DELETE, OPTIONS",
         "Access-Control-Allow-Headers": request.headers.get("Access-Control-Request-Headers", "*"),
         "Access-Control-Max-Age": str(PREFLIGHT_MAX_AGE_S),
     }
@@ -87,7 +87,11 @@ async def answer_errors(request: web.Request, handler: Handler) -> web.StreamRes
 @web.middleware
 async def require_key(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Let nobody in without a key, where keys are set; paths that do not exist are no exception."""
-    request.app[SERVICES].keys.check(request.path, request.headers.get("Authorization"))
+    services = request.app[SERVICES]
+    if services.admin_door.guards(request):
+        services.admin_door.check(request)
+    else:
+        services.keys.check(request.path, request.headers.get("Authorization"))
     return await handler(request)
 
 

@@ -7,6 +7,7 @@ import msgspec
 
 from lmdserve import __version__
 
+from .admin_openapi import describe_admin
 from .protocol import ChatRequest, CompletionRequest
 
 SCHEMA_REF = "#/components/schemas/{name}"
@@ -17,6 +18,7 @@ def describe_api() -> dict[str, Any]:
     """Return the OpenAPI 3.1 document."""
     bodies, schemas = msgspec.json.schema_components((ChatRequest, CompletionRequest), ref_template=SCHEMA_REF)
     chat_body, completion_body = bodies
+    admin_paths, admin_schemas = describe_admin(SCHEMA_REF)
     return {
         "openapi": "3.1.0",
         "info": {
@@ -37,10 +39,11 @@ def describe_api() -> dict[str, Any]:
             "/version": {"get": _get("version", "The version of lmdserve", _object({"version": {"type": "string"}}))},
             "/metrics": {"get": _get_metrics()},
             "/openapi.json": {"get": _get("openapi", "This document", {"type": "object"})},
+            **admin_paths,
         },
         "components": {
-            "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
-            "schemas": {**schemas, **_reply_schemas()},
+            "securitySchemes": {name: {"type": "http", "scheme": "bearer"} for name in ("key", "adminKey")},
+            "schemas": {**schemas, **admin_schemas, **_reply_schemas()},
         },
     }
 
@@ -147,6 +150,7 @@ def _reply_schemas() -> dict[str, Any]:
                 "created": {"type": "integer"},
                 "owned_by": {"type": "string"},
                 "max_model_len": {"type": "integer", "minimum": 1},
+                "checkpoint": _object({"name": {"type": "string"}, "format": {"type": "string"}}),
             }
         ),
         "ModelList": _object({"object": {"const": "list"}, "data": {"type": "array", "items": _ref("Model")}}),

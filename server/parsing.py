@@ -1,8 +1,12 @@
-"""From the bytes of a body to a record of `protocol.py`, with errors that name the field, its value and its limit."""
+"""From the bytes of a body to a record of `protocol.py` or `admin_protocol.py`.
 
+Errors name the field, its value and its limit.
+"""
+
+import difflib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any, TypeVar
 
 import msgspec
@@ -12,10 +16,12 @@ from .fields import check_undeclared
 from .protocol import SamplingFields
 
 Record = TypeVar("Record", bound=SamplingFields)
+Order = TypeVar("Order", bound=msgspec.Struct)
 
 SHOWN_VALUE_CHARS = 60
 _PATH = re.compile(r"^(?P<what>.*?)(?: - at `(?P<in_key>key in )?\$(?P<path>.*)`)?$", re.DOTALL)
 _MISSING = re.compile(r"^Object missing required field `(?P<name>.+)`$")
+_UNKNOWN = re.compile(r"^Object contains unknown field `(?P<name>.+)` - at `\$(?P<path>.*)`$", re.DOTALL)
 _LENGTH = re.compile(r"^Expected `(?P<kind>\w+)` of length (?P<limit>.+)$")
 _LIMIT = re.compile(r"^Expected `(?:int|float)` (?P<limit>[<>]=? .+)$")
 _KINDS = {"str": "a string", "int": "an integer", "float": "a number", "bool": "true or false", "array": "a list",
@@ -35,7 +41,29 @@ def parse(body: bytes, record_type: type[Record]) -> Record:
     return record
 
 
-def _read_object(body: bytes, record_type: type[Record]) -> dict[str, Any]:
+def parse_order(body: bytes, record_type: type[Order]) -> Order:
+    """Return the record that `body` holds, where no other fields than the record's are allowed; an empty body is {}."""
+    fields = _read_object(body or b"{}", record_type)
+    _refuse_unknown(fields, record_type.__struct_fields__)
+    try:
+        return msgspec.convert(fields, record_type)
+    except msgspec.ValidationError as error:
+        unknown = _UNKNOWN.match(str(error))
+        if unknown:
+            param = f"{_param(unknown['path'])}.{unknown['name']}"
+            raise BadRequestError(f"{param} is not a field of this request", param=param) from None
+        raise _explain(str(error), fields, record_type) from None
+
+
+def _refuse_unknown(fields: dict[str, Any], known: Collection[str]) -> None:
+    for name in fields:
+        if name not in known:
+            nearest = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {nearest[0]}?" if nearest else f"the fields are {', '.join(known)}"
+            raise BadRequestError(f"{name[:80]} is not a field of this request; {hint}", param=name[:80] or "body")
+
+
+def _read_object(body: bytes, record_type: type[msgspec.Struct]) -> dict[str, Any]:
     try:
         fields = msgspec.json.decode(body)
     except msgspec.ValidationError:  # a number that no float holds; decoding by type tells in which field it is
@@ -51,7 +79,7 @@ def _read_object(body: bytes, record_type: type[Record]) -> dict[str, Any]:
     return fields
 
 
-def _number_out_of_range(body: bytes, record_type: type[Record]) -> BadRequestError:
+def _number_out_of_range(body: bytes, record_type: type[msgspec.Struct]) -> BadRequestError:
     try:
         msgspec.json.decode(body, type=record_type)
     except msgspec.ValidationError as error:
@@ -62,7 +90,7 @@ def _number_out_of_range(body: bytes, record_type: type[Record]) -> BadRequestEr
     return BadRequestError("the body holds a number that is out of range; send finite numbers", param="body")
 
 
-def _explain(message: str, fields: dict[str, Any], record_type: type[Record]) -> BadRequestError:
+def _explain(message: str, fields: dict[str, Any], record_type: type[msgspec.Struct]) -> BadRequestError:
     match = _PATH.match(message)
     assert match is not None, message  # the pattern matches any text
     what, param = match["what"], _param(match["path"] or "")
@@ -77,7 +105,7 @@ def _explain(message: str, fields: dict[str, Any], record_type: type[Record]) ->
     )
 
 
-def _expectation(what: str, param: str, record_type: type[Record]) -> str:
+def _expectation(what: str, param: str, record_type: type[msgspec.Struct]) -> str:
     """Say what msgspec's message expects in the words of JSON."""
     if what.startswith("Invalid enum value"):
         return "one of " + ", ".join(f'"{name}"' for name in _allowed_values(record_type, param))
@@ -94,7 +122,7 @@ def _expectation(what: str, param: str, record_type: type[Record]) -> str:
     return " or ".join(_KINDS.get(kind, kind) for kind in kinds[1].split(" | ") if kind != "null")
 
 
-def _allowed_values(record_type: type[Record], param: str) -> list[str]:
+def _allowed_values(record_type: type[msgspec.Struct], param: str) -> list[str]:
     """Return the literals that the record allows at `param`, found by walking its type."""
     found: Any = msgspec.inspect.type_info(record_type)
     for step in _steps(param):
@@ -115,7 +143,8 @@ def _alternatives(kind: Any) -> Iterator[Any]:
     if isinstance(kind, msgspec.inspect.Metadata):
         kind = kind.type
     if isinstance(kind, msgspec.inspect.UnionType):
-        yield from kind.types
+        for part in kind.types:
+            yield from _alternatives(part)
     else:
         yield kind
 

@@ -9,7 +9,8 @@ from enum import Enum
 
 from aiohttp import web
 
-from .auth import KeyRing
+from .admin import Admin
+from .auth import AdminDoor, KeyRing
 from .config import ServerConfig
 from .errors import ApiError, DrainingError, UnavailableError
 from .metrics import ServerMetrics
@@ -64,6 +65,8 @@ class Services:
     servings: Servings
     config: ServerConfig
     keys: KeyRing
+    admin_door: AdminDoor
+    admin: Admin | None  # None: closed
     metrics: ServerMetrics
     lifecycle: Lifecycle
     prompt_threads: ThreadPoolExecutor  # renders and tokenizes long prompts

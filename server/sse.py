@@ -56,12 +56,16 @@ class EventStream:
     async def finish(self) -> None:
         """Say that all is said."""
         await self._write(DONE)
+        await self.end()
+
+    async def end(self) -> None:
+        """Say no more; OpenAI's streams end with `finish` instead."""
         await self.response.write_eof()
 
     async def fail(self, error: ApiError) -> None:
         """Say what went wrong, and nothing more: a stream without [DONE] is not complete."""
         await self.send([error.body()])
-        await self.response.write_eof()
+        await self.end()
 
     async def _write(self, data: bytes) -> None:
         self._is_writing = True

@@ -2,7 +2,7 @@
 
 from aiohttp import web
 
-from . import openai, ops
+from . import admin, openai, ops
 
 GENERATING_PATHS = frozenset({"/v1/chat/completions", "/v1/completions"})
 """The routes that start work on the engine: a server that drains refuses them and answers all others."""
@@ -21,4 +21,12 @@ def routes() -> list[web.RouteDef]:
         web.get("/version", ops.version),
         web.get("/metrics", ops.metrics),
         web.get("/openapi.json", ops.openapi),
+        web.post("/admin/quantize", admin.quantize),
+        web.get("/admin/jobs", admin.list_jobs),
+        web.get("/admin/jobs/{id}", admin.show_job),
+        web.delete("/admin/jobs/{id}", admin.cancel_job),
+        web.get("/admin/jobs/{id}/events", admin.follow_job),
+        web.get("/admin/models", admin.show_models),
+        web.post("/admin/models/swap", admin.swap),
+        web.post("/admin/models/rollback", admin.roll_back),
     ]

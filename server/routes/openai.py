@@ -11,20 +11,21 @@ import orjson
 from aiohttp import web
 
 from ..choices import ChoicePlan, ChoiceStream, ChoiceUpdate, stream_updates
-from ..errors import ApiError, ContentTypeError, describe
-from ..parsing import Record, parse
+from ..errors import ApiError, describe
+from ..parsing import parse
 from ..protocol import ChatRequest, CompletionRequest, SamplingFields
 from ..replies import ChatFormat, CompletionFormat, ReplyHead
 from ..services import ARRIVED_S, FAILURE, PROMPT_PARAM, REQUEST_ID, SERVICES
 from ..serving import Serving
 from ..sse import stream_reply
+from .bodies import read_json
 
 
 async def create_chat_completion(request: web.Request) -> web.StreamResponse:
     """POST /v1/chat/completions"""
     services = request.app[SERVICES]
     with services.lifecycle.working():
-        body = await _read(request, ChatRequest)
+        body = parse(await read_json(request), ChatRequest)
         uid = f"chatcmpl-{secrets.token_hex(12)}"
         async with services.servings.lease() as serving:
             plans = await serving.planner.plan_chat(body, uid)
@@ -33,7 +34,7 @@ async def create_chat_completion(request: web.Request) -> web.StreamResponse:
 
 async def render_chat(request: web.Request) -> web.Response:
     """POST /v1/chat/render: the prompt that /v1/chat/completions would give the model for the same body"""
-    body = await _read(request, ChatRequest)
+    body = parse(await read_json(request), ChatRequest)
     serving = request.app[SERVICES].servings.current
     prompt = await serving.planner.render_chat(body)
     return _json(
@@ -52,7 +53,7 @@ async def create_completion(request: web.Request) -> web.StreamResponse:
     services = request.app[SERVICES]
     request[PROMPT_PARAM] = "prompt"
     with services.lifecycle.working():
-        body = await _read(request, CompletionRequest)
+        body = parse(await read_json(request), CompletionRequest)
         uid = f"cmpl-{secrets.token_hex(12)}"
         async with services.servings.lease() as serving:
             plans = await serving.planner.plan_completion(body, uid)
@@ -69,16 +70,6 @@ async def retrieve_model(request: web.Request) -> web.Response:
     serving = request.app[SERVICES].servings.current
     serving.planner.check_model(request.match_info["model"])
     return _json(_model_card(serving))
-
-
-async def _read(request: web.Request, record_type: type[Record]) -> Record:
-    if request.content_type != "application/json":
-        sent = request.headers.get("Content-Type", "none")
-        raise ContentTypeError(
-            f"the body must be JSON, sent with the header `Content-Type: application/json`; got {sent[:80]!r}",
-            param="Content-Type",
-        )
-    return parse(await request.read(), record_type)
 
 
 async def _reply(

@@ -79,6 +79,7 @@ class FakeEngine:
         self.live: set[str] = set()
         self.aborted: list[str] = []
         self.stopped_after_s: list[float] = []
+        self.is_released = False
         self.health_error: Exception | None = None
         self.is_started = False
 
@@ -88,7 +89,13 @@ class FakeEngine:
     async def stop(self, timeout_s: float) -> None:
         self.stopped_after_s.append(timeout_s)
 
+    def release(self) -> None:
+        assert self.stopped_after_s
+        assert not self.live
+        self.is_released = True
+
     async def generate(self, request: Request) -> AsyncIterator[Chunk]:
+        assert not self.is_released
         assert request.uid not in self.live
         self.requests.append(request)
         self.live.add(request.uid)
