@@ -48,7 +48,7 @@ class SamplingParams:
 class TokenConstraint(Protocol):
     """What one sequence's tokens have to obey, step by step: `mask`, a token, `accept`, `mask`, ...
 
-    Called on the engine thread, apart from `is_over`. What any of it raises fails that one request.
+    Called on threads of the engine, one at a time. What any of it raises fails that one request.
     """
 
     @property
@@ -64,6 +64,9 @@ class TokenConstraint(Protocol):
 
     def accept(self, token_id: int) -> None:
         """Take the token that was sampled under the last mask."""
+
+    def take_forced(self) -> Sequence[int]:
+        """Return the tokens of which each is the only one that may come, as far as they are known, and accept them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,7 +7,7 @@ while the one before it still runs: the tokens that one samples stay on the devi
 from array import array
 from collections.abc import Iterator
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 
 import torch
@@ -29,17 +29,20 @@ from .step_inputs import NUM_INPUT_PARTS, StepInputs, aligned_count, build_step_
 from .warm_up import compile_kernels
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, eq=False, kw_only=True)
 class CudaStep:
     """A step in flight: what it computes, where its results will be, and when."""
 
     chunks: SequenceOf[Chunk]
-    samples: torch.Tensor  # int32 [2, num_samples], pinned: token ids, then 1 where there was one to choose
-    logprobs: list[LogprobReadback]  # of the samples whose requests asked
-    prompt_logprobs: list[LogprobReadback]
+    uploaded: "_DeviceInputs"
+    logits: torch.Tensor  # fp32 [num_samples, vocab_size]; the next step's forward pass overwrites them
     begun: torch.cuda.Event
     done: torch.cuda.Event
     previous_done: torch.cuda.Event | None  # the end of the step that was in flight when this one was launched
+    # Where results will be once the step is sampled.
+    samples: torch.Tensor | None = None  # int32 [2, num_samples], pinned: token ids, then 1 where there was a choice
+    logprobs: list[LogprobReadback] = field(default_factory=list)  # of the samples whose requests asked
+    prompt_logprobs: list[LogprobReadback] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,7 +88,7 @@ class CudaRunner:
 
     @torch.inference_mode()
     def launch(self, chunks: SequenceOf[Chunk]) -> CudaStep:
-        """Enqueue a step behind those in flight."""
+        """Enqueue a step's forward pass behind the steps in flight."""
         begun, done = _event(), _event()
         with torch.cuda.stream(self._stream):
             self._slots.update(chunks)
@@ -101,20 +104,28 @@ class CudaRunner:
             else:
                 self._decoder.forward(uploaded.step, self._memory)
                 logits = self._decoder.logits(uploaded.step, uploaded.sample_rows, self._memory)
-            samples, logprobs = self._sample(chunks, logits, uploaded)
-            prompt_logprobs = list(self._prompt_logprobs(chunks, uploaded))
-            done.record()
         step = CudaStep(
             chunks=chunks,
-            samples=samples,
-            logprobs=logprobs,
-            prompt_logprobs=prompt_logprobs,
+            uploaded=uploaded,
+            logits=logits,
             begun=begun,
             done=done,
             previous_done=self._in_flight[-1].done if self._in_flight else None,
         )
         self._in_flight.append(step)
         return step
+
+    @torch.inference_mode()
+    def sample(self, step: CudaStep) -> None:
+        """Enqueue the choice of the tokens of the step launched last."""
+        try:
+            with torch.cuda.stream(self._stream):
+                step.samples, step.logprobs = self._sample(step.chunks, step.logits, step.uploaded)
+                step.prompt_logprobs = list(self._prompt_logprobs(step.chunks, step.uploaded))
+                step.done.record()
+        except Exception:
+            self._in_flight.remove(step)
+            raise
 
     def collect(self, step: CudaStep) -> list[ChunkResult]:
         """Wait for the oldest step in flight and return one result a chunk, in order."""
@@ -212,9 +223,10 @@ class CudaRunner:
         rows, masks, row = [], [], 0
         for chunk in chunks:
             constraint = chunk.sequence.constraint
-            if constraint is not None and constraint.mask is not None and chunk.is_sampled:
+            mask = None if constraint is None or not chunk.is_sampled else constraint.mask_at(chunk.output_position)
+            if mask is not None:
                 rows.append(row)
-                masks.append(constraint.mask)
+                masks.append(mask)
             row += chunk.num_sampled_rows
         if not masks:
             return None
@@ -264,6 +276,7 @@ def _num_logprobs_by_row(chunks: SequenceOf[Chunk]) -> Iterator[int | None]:
 
 def _results(step: CudaStep) -> Iterator[ChunkResult]:
     """Yield the result of each chunk from what has arrived on the host."""
+    assert step.samples is not None, "a step is sampled before it is collected"
     token_ids, is_valid = step.samples.tolist()
     logprobs = iter([row for part in step.logprobs for row in part.read()])
     prompt_logprobs = iter([row for part in step.prompt_logprobs for row in part.read()])

@@ -19,8 +19,8 @@ from lmdserve.kernels.sampling_thresholds import limit_tokens
 from lmdserve.kernels.sampling_weights import NUM_PARAMETERS, SEED_HASH, sampling_scratch
 
 from .memory_sizes import MOST_COPIED_LOGIT_ROWS
-from .sampler import has_penalties, seed_hash
-from .sequence import Sequence
+from .sampler import seed_hash
+from .sequence import Sequence, has_penalties
 from .step import Chunk
 
 _NO_PENALTY_ROW = -1

@@ -138,6 +138,7 @@ class AsyncEngine:
             self._task.cancel()
             await asyncio.wait({self._task})
         self._thread.shutdown(wait=False, cancel_futures=True)
+        self._stepper.close()
 
     def release(self) -> None:
         """Give the memory of weights and KV cache back, after `stop`."""
@@ -255,7 +256,7 @@ class AsyncEngine:
     async def _step(self) -> None:
         """Launch the next step, wait for the oldest one in flight where that has to be, publish what it brought."""
         chunks = self._scheduler.schedule()
-        if not chunks and not self._scheduler.num_steps_in_flight:
+        if not chunks and not self._scheduler.num_steps_in_flight and not self._scheduler.awaits_masks:
             raise RuntimeError("requests wait and none can be scheduled")
         for sequence in self._scheduler.newly_admitted:
             self._streams[sequence.uid].note_admission()

@@ -5,6 +5,7 @@ from .kv_cache import KVCache
 from .memory import MemoryPlan
 from .models.decoder import Decoder
 from .runner import Runner
+from .scheduler import MAX_ROWS_WITH_RUNS
 from .speculation import max_rows_with_drafts
 from .step import StepRunner
 from .step_buffers import StepLimits
@@ -27,4 +28,4 @@ def make_runner(model: object, kv_cache: KVCache, plan: MemoryPlan, config: Engi
         max_blocks_per_slot=sizes.max_blocks_per_slot,
     )
     max_draft_rows = max_rows_with_drafts(config.num_draft_tokens) if config.speculate != "off" else 0
-    return CudaRunner(model, kv_cache, limits, max_draft_rows=max_draft_rows)
+    return CudaRunner(model, kv_cache, limits, max_draft_rows=max(max_draft_rows, MAX_ROWS_WITH_RUNS))

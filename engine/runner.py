@@ -6,6 +6,7 @@ loop leaves alone while a step is computed, and changes nothing of them but the 
 
 from array import array
 from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -27,8 +28,17 @@ class Model(Protocol):
         """Return fp32 logits [len(batch.logit_rows), vocab_size] and append the step's K and V to the cache."""
 
 
+@dataclass(slots=True)
+class ComputedStep:
+    """A step whose forward pass is over."""
+
+    chunks: SequenceOf[Chunk]
+    logits: torch.Tensor
+    results: list[ChunkResult] | None = None  # once it is sampled
+
+
 class Runner:
-    """One model on one device: the StepRunner of `step.py` that has computed a step when `launch` returns."""
+    """One model on one device: the StepRunner of `step.py` that waits for everything it begins."""
 
     max_in_flight = 1
     device_busy_s = device_idle_s = 0.0  # not measured
@@ -40,16 +50,22 @@ class Runner:
         self._device = device
 
     @torch.inference_mode()
-    def launch(self, chunks: SequenceOf[Chunk]) -> list[ChunkResult]:
-        """Compute a step. Raises whatever the model raises; a step may be computed again, as its K and V go where they
-        went before.
+    def launch(self, chunks: SequenceOf[Chunk]) -> ComputedStep:
+        """Compute a step's logits. Raises whatever the model raises; a step may be computed again, as its K and V go
+        where they went before.
         """
-        logits = self._model.forward(build_batch(chunks, self._block_size, self._device), self._kv_cache)
-        return _read_logits(chunks, logits)
+        batch = build_batch(chunks, self._block_size, self._device)
+        return ComputedStep(chunks, self._model.forward(batch, self._kv_cache))
 
-    def collect(self, step: list[ChunkResult]) -> list[ChunkResult]:
-        """Return one result a chunk of the step that `launch` has computed."""
-        return step
+    @torch.inference_mode()
+    def sample(self, step: ComputedStep) -> None:
+        """Choose a step's tokens."""
+        step.results = _read_logits(step.chunks, step.logits)
+
+    def collect(self, step: ComputedStep) -> list[ChunkResult]:
+        """Return one result a chunk."""
+        assert step.results is not None, "a step is sampled before it is collected"
+        return step.results
 
     @torch.inference_mode()
     def probe(self) -> None:

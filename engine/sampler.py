@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 
 from .api import SamplingParams, TokenLogprob
-from .sequence import Sequence
+from .sequence import Sequence, has_penalties
 
 _MASK_64 = 2**64 - 1
 _GOLDEN_RATIO_64 = 0x9E3779B97F4A7C15
@@ -50,7 +50,7 @@ class SampleRow(NamedTuple):
     def mask(self) -> bytes | None:
         """The tokens that the sequence's constraint allows, a bit each; None: all."""
         constraint = self.sequence.constraint
-        return None if constraint is None else constraint.mask
+        return None if constraint is None else constraint.mask_at(self.output_position)
 
 
 class Sample(NamedTuple):
@@ -79,11 +79,6 @@ def uniform(seed: int, position: int) -> float:
 def seed_hash(seed: int) -> int:
     """Return the first of `uniform`'s two rounds, which is the same for all tokens of a sequence: 64 bits, unsigned."""
     return _split_mix(seed & _MASK_64)
-
-
-def has_penalties(sampling: SamplingParams) -> bool:
-    """Say whether tokens that were seen change the logits."""
-    return sampling.repetition_penalty != 1.0 or sampling.presence_penalty != 0.0 or sampling.frequency_penalty != 0.0
 
 
 def sample(logits: torch.Tensor, sequences: SequenceOf[Sequence]) -> list[Sample]:

@@ -23,6 +23,8 @@ from .sequence import Sequence, SequenceStatus
 from .speculation import Proposer
 from .step import Chunk, ChunkResult
 
+MAX_RUN_TOKENS = 24  # that are known, of an output, and computed as decode rows; more are computed like a prompt
+MAX_ROWS_WITH_RUNS = 64  # of a step; with more, its products take longer for every further row
 MAX_PROMPT_LOGPROB_ROWS = 256  # per step; a row is vocab_size floats, 256 of InternLM2's are 95 MB
 
 
@@ -39,6 +41,9 @@ class StepBudget:
 
     num_prefill_tokens: int
     num_prompt_logprob_rows: int = MAX_PROMPT_LOGPROB_ROWS
+    # Decode rows beyond one for each live sequence, waiting ones included, as they may come with the step: no step has
+    # more rows of this kind than the batch may have sequences.
+    num_extra_rows: int = 0
 
     def allowed_for(self, sequence: Sequence) -> int:
         """Return how many tokens of this sequence may be computed at most."""
@@ -128,10 +133,11 @@ class Scheduler:
         self.newly_admitted.clear()
         budget = StepBudget(self._max_prefill_tokens)
         decoding, prefilling = self._divide_running()
+        budget.num_extra_rows = self._max_batch_size - len(self._live)
         is_drafting = bool(decoding) and self._proposer is not None and self._proposer.wants_to_draft(decoding)
         if is_drafting and self._in_flight:
             return []  # a guess continues the last token, which is not read back yet
-        chunks = self._decode(decoding)
+        chunks = self._decode(decoding, budget)
         if chunks is None:
             return []
         if is_drafting:
@@ -171,6 +177,11 @@ class Scheduler:
             if sum(chunk.num_new_tokens for chunk in chunks) == len(chunks) + num_drafts:
                 self._proposer.note_step(len(chunks), num_drafts, seconds)
 
+    @property
+    def awaits_masks(self) -> bool:
+        """Whether a sequence sits out because its mask is late."""
+        return any(sequence.awaits_constraint for sequence in self._running)
+
     def check(self) -> None:
         """Verify that blocks, slots, queues and sequences agree; raise AssertionError when not. For tests."""
         chunks_in_flight = [chunk for chunks in self._in_flight for chunk in chunks]
@@ -202,22 +213,21 @@ class Scheduler:
         for sequence in self._running:
             num_samples = sequence.num_samples_in_flight
             num_pending = len(sequence.token_ids) + num_samples - sequence.num_launched_tokens
-            if num_pending > 1:
+            if sequence.awaits_constraint or num_pending == 0:
+                continue
+            if num_pending > 1 and not self._is_run(sequence):
                 prefilling.append(sequence)
-            elif num_pending == 1 and not (
-                num_samples
-                and (
-                    sequence.constraint is not None  # its next mask needs the token in flight
-                    or sequence.num_output_tokens + num_samples >= sequence.max_new_tokens
-                )
-            ):
+            elif not (num_samples and sequence.num_output_tokens + num_samples >= sequence.max_new_tokens):
                 decoding.append(sequence)
         return decoding, prefilling
 
-    def _decode(self, decoding: list[Sequence]) -> list[Chunk] | None:
-        """Return a chunk of one token for each; None when one must give way and steps are in flight."""
+    def _decode(self, decoding: list[Sequence], budget: StepBudget) -> list[Chunk] | None:
+        """Return a chunk of one token, or of a run of known ones, for each; None when one must give way and steps are
+        in flight.
+        """
         chunks = []
         block_size = self._pool.block_size
+        num_spare_rows = min(budget.num_extra_rows, MAX_ROWS_WITH_RUNS - len(decoding))
         for sequence in decoding:
             if sequence.status is not SequenceStatus.RUNNING:
                 continue  # it gave way to an older one just now
@@ -227,26 +237,49 @@ class Scheduler:
                     return None
                 if not self._make_room(sequence):
                     continue
-            chunks.append(Chunk(sequence, start, 1, sequence.max_new_tokens > 0))
+            chunk = self._next_run(sequence, 1 + max(0, num_spare_rows))
+            num_spare_rows -= chunk.num_new_tokens - 1
+            budget.num_extra_rows -= chunk.num_new_tokens - 1
+            chunks.append(chunk)
         return chunks
 
-    def _with_drafts(self, chunks: list[Chunk], budget: StepBudget) -> list[Chunk]:
-        """Add guesses to the chunks of decoding sequences as far as budget, blocks and max_tokens allow.
+    def _is_run(self, sequence: Sequence) -> bool:
+        """Whether several known tokens follow what was computed of an output; else a past is computed again."""
+        if not sequence.is_prompt_launched:
+            return False
+        has_blocks = len(sequence.block_ids) * self._pool.block_size >= sequence.num_tokens
+        return sequence.num_pending_tokens <= MAX_RUN_TOKENS or not has_blocks
 
-        No step samples more rows than the batch may have sequences, those that wait counted in: they may come with it.
-        """
+    def _next_run(self, sequence: Sequence, most: int) -> Chunk:
+        """Return a chunk of up to `most` tokens of a sequence that has a block for one at least."""
+        start = sequence.num_launched_tokens
+        num_pending = sequence.num_pending_tokens
+        num_new = min(num_pending, most, MAX_RUN_TOKENS)
+        num_needed = self._pool.blocks_for(start + num_new) - len(sequence.block_ids)
+        if num_needed > 0 and num_needed <= self._pool.num_available:
+            sequence.block_ids.extend(self._pool.allocate(num_needed))
+        elif num_needed > 0:
+            num_new = 1
+        is_sampled = num_new == num_pending and sequence.max_new_tokens > 0
+        return Chunk(sequence, start, num_new, is_sampled, is_run=num_new > 1)
+
+    def _with_drafts(self, chunks: list[Chunk], budget: StepBudget) -> list[Chunk]:
+        """Add guesses to the chunks of decoding sequences as far as budget, blocks and max_tokens allow."""
         assert self._proposer is not None
-        num_rows = self._max_batch_size - len(self._live)
         drafted = []
         for chunk in chunks:
             sequence = chunk.sequence
-            most = min(num_rows, budget.num_prefill_tokens, sequence.max_new_tokens - sequence.num_output_tokens - 1)
+            most = min(
+                budget.num_extra_rows,
+                budget.num_prefill_tokens,
+                sequence.max_new_tokens - sequence.num_output_tokens - 1,
+            )
             drafts = self._proposer.propose(sequence)[: max(0, most)] if chunk.is_sampled else ()
             num_needed = self._pool.blocks_for(chunk.end + len(drafts)) - len(sequence.block_ids)
             if drafts and num_needed <= self._pool.num_available:
                 sequence.block_ids.extend(self._pool.allocate(max(0, num_needed)))
                 chunk = Chunk(sequence, chunk.start, 1 + len(drafts), True, drafts)
-                num_rows -= len(drafts)
+                budget.num_extra_rows -= len(drafts)
                 budget.num_prefill_tokens -= len(drafts)
             drafted.append(chunk)
         return drafted
@@ -285,8 +318,6 @@ class Scheduler:
             sequence = chunk.sequence
             sequence.num_launched_tokens += chunk.num_new_tokens
             sequence.num_steps_in_flight += 1
-            if chunk.is_sampled:
-                sequence.num_samples_in_flight += 1
 
     def _make_room(self, sequence: Sequence) -> bool:
         """Give a decoding sequence the block its next token needs; False when it had to give way itself."""
@@ -350,7 +381,6 @@ class Scheduler:
         if result.prompt_logprobs:
             sequence.prompt_logprobs.extend(result.prompt_logprobs)
         if chunk.is_sampled:
-            sequence.num_samples_in_flight -= 1
             result = self._append(sequence, result)
         num_drafts = len(chunk.draft_token_ids)
         sequence.num_computed_tokens = chunk.end
@@ -360,6 +390,8 @@ class Scheduler:
             sequence.num_launched_tokens = sequence.num_computed_tokens
             self.drafted_tokens_total += num_drafts
             self.accepted_tokens_total += num_accepted
+        elif chunk.is_sampled and chunk.end == sequence.num_tokens:  # its mask was late: its token is computed again
+            sequence.num_computed_tokens = sequence.num_launched_tokens = chunk.end - 1
         if sequence.num_computed_tokens >= (sequence.num_published_blocks + 1) * self._pool.block_size:
             self._publish_full_blocks(sequence)
         if sequence.finish_reason is None and not chunk.is_sampled and chunk.end == sequence.num_tokens:
@@ -377,7 +409,7 @@ class Scheduler:
             if token_id in sequence.stop_token_ids:
                 sequence.finish_reason = FinishReason.STOP
                 break
-            if sequence.constraint is not None and sequence.constraint.is_over:
+            if result.is_over and num_kept == len(result.token_ids):
                 sequence.finish_reason = FinishReason.STOP
                 break
             if sequence.num_output_tokens >= sequence.max_new_tokens:

@@ -17,6 +17,7 @@ from .api import (
     InvalidRequestError,
     Request,
     SamplingParams,
+    TokenConstraint,
     TokenLogprob,
 )
 from .constraints import ConstraintState
@@ -54,7 +55,6 @@ class Sequence:
     num_steps_in_flight: int = (
         0  # launched steps with a chunk of it; until they are over its blocks and slot stay its own
     )
-    num_samples_in_flight: int = 0  # tokens that those steps add to it at least
     slot: int = field(init=False, repr=False)  # its row in tables by sequence; set, and its own, while it holds blocks
     num_published_blocks: int = 0
     num_cached_tokens: int | None = None  # prompt tokens the prefix cache spared; None before the first admission
@@ -74,9 +74,27 @@ class Sequence:
         return len(self.token_ids) - self.num_prompt_tokens
 
     @property
+    def num_samples_in_flight(self) -> int:
+        """Tokens that the steps in flight add to it at least: once its last token is launched, each launch adds one."""
+        return max(0, self.num_launched_tokens + 1 - len(self.token_ids))
+
+    @property
     def num_pending_tokens(self) -> int:
         """Tokens that no step was launched for, those in flight counted as known: 1 when decoding."""
         return len(self.token_ids) + self.num_samples_in_flight - self.num_launched_tokens
+
+    @property
+    def is_prompt_launched(self) -> bool:
+        """Whether all that remains is of the output."""
+        return self.num_launched_tokens >= self.num_prompt_tokens
+
+    @property
+    def awaits_constraint(self) -> bool:
+        """Whether nothing can be done for it before its next mask or its forced tokens have come."""
+        constraint = self.constraint
+        if constraint is None:
+            return False
+        return constraint.is_late or (self.num_samples_in_flight > 0 and constraint.has_forced)
 
     @property
     def wants_prompt_logprobs(self) -> bool:
@@ -118,7 +136,23 @@ def new_sequence(
         rope_base=rope_base_for(num_prompt_tokens),
         num_prompt_logprobs=request.num_prompt_logprobs,
         is_deterministic=is_deterministic or request.deterministic,
-        constraint=None if request.constraint is None else ConstraintState(request.constraint),
+        constraint=None if request.constraint is None else _constraint_state(request.constraint, sampling),
+    )
+
+
+def has_penalties(sampling: SamplingParams) -> bool:
+    """Say whether tokens that were seen change the logits."""
+    return sampling.repetition_penalty != 1.0 or sampling.presence_penalty != 0.0 or sampling.frequency_penalty != 0.0
+
+
+def _constraint_state(constraint: TokenConstraint, sampling: SamplingParams) -> ConstraintState:
+    """Decide when forced tokens go without a step: not where their logprobs are wanted, or the sampler counts them."""
+    counts_tokens = has_penalties(sampling)
+    is_plain = sampling.num_logprobs is None and not counts_tokens
+    return ConstraintState(
+        constraint,
+        fast_forward_from=sampling.min_tokens if is_plain else None,
+        may_be_late=not counts_tokens,
     )
 
 

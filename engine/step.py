@@ -25,6 +25,7 @@ class Chunk(NamedTuple):
     num_new_tokens: int  # drafts included
     is_sampled: bool  # a token follows: the chunk reaches the end of what is known
     draft_token_ids: tuple[int, ...] = ()
+    is_run: bool = False  # all of its tokens are of the output and known: few enough to be computed as decode rows
 
     @property
     def end(self) -> int:
@@ -50,16 +51,19 @@ class Chunk(NamedTuple):
 
 
 class ChunkResult(NamedTuple):
-    """What the runner found for one chunk; `failure` says why the sequence cannot go on.
+    """What a step found for one chunk; `failure` says why the sequence cannot go on.
 
     `token_ids` is empty unless the chunk is sampled. It holds the drafts that came out as sampled too, then the token
-    sampled after the last of them; `logprobs` is parallel to it where the request asked for them, else empty.
+    sampled after the last of them; `logprobs` is parallel to it where the request asked for them, else empty. Of a
+    constrained sequence, the tokens follow that its constraint forces, and what was sampled is missing where it was
+    forced, and thus known, already, or where it was sampled without its mask. `is_over`: the last token ends it.
     """
 
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprob, ...] = ()
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
     failure: str | None = None
+    is_over: bool = False
 
 
 class StepRunner(Protocol):
@@ -73,10 +77,13 @@ class StepRunner(Protocol):
         """How many steps may be launched and not collected: 1 computes and waits in turn, 2 keep a device busy."""
 
     def launch(self, chunks: SequenceOf[Chunk]) -> Any:
-        """Begin a step after those in flight, without waiting for it, and return a handle for `collect`."""
+        """Begin a step's forward pass after the steps in flight, without waiting for it, and return a handle."""
+
+    def sample(self, step: Any) -> None:
+        """Have the tokens of the step launched last chosen, under the masks that its constraints have now."""
 
     def collect(self, step: Any) -> list[ChunkResult]:
-        """Wait for the oldest step in flight and return one result a chunk, in order."""
+        """Wait for the oldest step in flight, which was sampled, and return one result a chunk, in order."""
 
     def probe(self) -> None:
         """Compute one token that is nobody's; raise what the device raises when it cannot compute any more."""

@@ -38,7 +38,7 @@ class StepInputs:
     sample_slots: "array[int]" = field(default_factory=_ints)
     output_positions: "array[int]" = field(default_factory=_ints)  # which token of its output each sample is, from 0
     prompt_logprob_rows: "array[int]" = field(default_factory=_ints)  # in the order of the chunks
-    has_drafts: bool = False
+    has_drafts: bool = False  # several decode rows may belong to one sequence
     is_deterministic: bool = False
 
     @property
@@ -50,20 +50,21 @@ class StepInputs:
 def build_step_inputs(chunks: SequenceOf[Chunk]) -> StepInputs:
     """Lay out the rows of a step.
 
-    A chunk of one token, and one with drafts, becomes decode rows. In a deterministic step everything is prefill,
+    A chunk of one token, one with drafts, and a run become decode rows. In a deterministic step everything is prefill,
     because that attention gives a token the same bits whatever comes with it.
     """
     inputs = StepInputs(is_deterministic=any(chunk.sequence.is_deterministic for chunk in chunks))
     decodes: list[int] = []
     prefills: list[int] = []
     for index, chunk in enumerate(chunks):
-        is_decode = chunk.num_new_tokens == 1 + len(chunk.draft_token_ids) and not inputs.is_deterministic
+        has_few_tokens = chunk.is_run or chunk.num_new_tokens == 1 + len(chunk.draft_token_ids)
+        is_decode = has_few_tokens and not inputs.is_deterministic
         (decodes if is_decode else prefills).append(index)
     first_rows = [0] * len(chunks)
     for index in decodes:
         first_rows[index] = inputs.num_rows
         _add_tokens(inputs, chunks[index])
-        inputs.has_drafts |= bool(chunks[index].draft_token_ids)
+        inputs.has_drafts |= chunks[index].num_new_tokens > 1
     if prefills:
         pad_decode_rows(inputs, aligned_count(inputs.num_rows))
     inputs.num_decode_rows = inputs.num_rows

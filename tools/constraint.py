@@ -99,8 +99,20 @@ class ReplyConstraint:
 
     def mask(self) -> bytes | None:
         """Return the tokens that may come next, a bit each, in words of 32; None: every token may."""
+        if self._stage is _Stage.GRAMMAR:
+            return self._meter.mask_of(self._current_matcher())
         bits = self._allowed()
         return None if bits is None else bits.to_bytes(self._rules.sets.num_bytes, "little")
+
+    def take_forced(self) -> list[int]:
+        """Go on by the tokens of which the mask would allow no other, as far as they are known, and return them."""
+        if self._stage is not _Stage.GRAMMAR:
+            return []
+        matcher = self._current_matcher()
+        token_ids = self._meter.forced_by(matcher)
+        if token_ids and not matcher.consume_tokens(token_ids):
+            raise RuntimeError(f"the grammar broke: {matcher.get_error()[:300]}")
+        return token_ids
 
     def accept(self, token_id: int) -> None:
         """Go on by a token that the mask allowed."""
@@ -118,9 +130,8 @@ class ReplyConstraint:
             self._accept_at_start(token_id)
 
     def _allowed(self) -> int | None:
+        """Return what may come outside a grammar."""
         rules, sets = self._rules, self._rules.sets
-        if self._stage is _Stage.GRAMMAR:
-            return self._grammar_bits(self._current_matcher())
         if self._stage is _Stage.REASONING:
             if rules.answer is None:
                 return None
@@ -173,4 +184,4 @@ class ReplyConstraint:
         return self._matcher
 
     def _grammar_bits(self, matcher: "LLMatcher") -> int:
-        return int.from_bytes(self._meter.compute(matcher), "little") & self._rules.sets.all
+        return int.from_bytes(self._meter.mask_of(matcher), "little") & self._rules.sets.all

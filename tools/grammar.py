@@ -13,10 +13,12 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
+
+Answer = TypeVar("Answer")
 
 MAX_SOURCE_CHARS = 512 * 1024  # of one grammar, schemas of its tools included; 2000 properties are 150 KiB
 MAX_NESTING = 64
@@ -94,21 +96,28 @@ class Grammar:
 
 
 class MaskMeter:
-    """Computes the masks of one reply, and fails a grammar that takes too long at it."""
+    """Asks the grammar of one reply what may follow, and fails one that takes too long to tell."""
 
     def __init__(self) -> None:
         self._excess_s = 0.0
 
-    def compute(self, matcher: "LLMatcher") -> bytes:
-        """Return the matcher's next mask; raise GrammarError where it has none or the budget is spent."""
+    def mask_of(self, matcher: "LLMatcher") -> bytes:
+        """Return the tokens that may follow, a bit each; raise GrammarError where none may or the budget is spent."""
+        return self._metered(matcher, matcher.compute_bitmask)
+
+    def forced_by(self, matcher: "LLMatcher") -> list[int]:
+        """Return the tokens that have to follow, as far as there is one text only; raise GrammarError likewise."""
+        return self._metered(matcher, matcher.compute_ff_tokens)
+
+    def _metered(self, matcher: "LLMatcher", ask: Callable[[], Answer]) -> Answer:
         begun_s = time.thread_time()
-        mask = matcher.compute_bitmask()
+        answer = ask()
         self._excess_s += max(0.0, time.thread_time() - begun_s - FREE_MASK_S)
         if matcher.is_error():
             raise _explain(matcher.get_error())
         if self._excess_s > MASK_BUDGET_S:
             raise GrammarError("it is too costly to follow; simplify it (nested counts cost most)")
-        return mask
+        return answer
 
 
 class GrammarCompiler:
@@ -230,7 +239,7 @@ def _walk(matcher: "LLMatcher") -> Iterator[int]:
     for _ in range(_NUM_TRIED_TOKENS):
         if matcher.is_error() or matcher.is_stopped():
             return
-        mask = int.from_bytes(meter.compute(matcher), "little")
+        mask = int.from_bytes(meter.mask_of(matcher), "little")
         if not mask:
             return
         yield (mask & -mask).bit_length() - 1

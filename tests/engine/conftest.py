@@ -12,6 +12,7 @@ from array import array
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,11 +24,12 @@ from lmdserve.engine.api import EngineInfo
 from lmdserve.engine.batch import StepBatch
 from lmdserve.engine.blocks import BlockPool
 from lmdserve.engine.config import EngineConfig
+from lmdserve.engine.constraints import ConstraintState
 from lmdserve.engine.kv_cache import KVCache
 from lmdserve.engine.loader import load_model
 from lmdserve.engine.loop import AsyncEngine, load_engine
 from lmdserve.engine.model_config import ModelConfig
-from lmdserve.engine.runner import Runner
+from lmdserve.engine.runner import ComputedStep, Runner
 from lmdserve.engine.scheduler import Scheduler
 from lmdserve.engine.step import Chunk, ChunkResult
 
@@ -157,10 +159,20 @@ class FakeModel:
         return torch.stack(rows) if rows else torch.empty(0, FAKE_VOCAB_SIZE)
 
 
+@dataclass
+class StreamStep:
+    """A step on its way through a StreamRunner."""
+
+    chunks: Sequence[Chunk]
+    computed: Future[ComputedStep]
+    results: Future[list[ChunkResult]] | None = None
+
+
 class StreamRunner:
     """A runner with two steps in flight, as on a GPU: what is launched runs later, in order, on a thread of its own.
 
-    A step sees the host as it was at the launch, and finds each sequence's last token by slot.
+    A step sees the host as it was at the launch, constraints as they were when it was sampled, and finds each
+    sequence's last token by slot.
     """
 
     max_in_flight = 2
@@ -171,21 +183,34 @@ class StreamRunner:
         self._stream = ThreadPoolExecutor(1, thread_name_prefix="fake-device")
         self._last_token: dict[int, int] = {}
 
-    def launch(self, chunks: Sequence[Chunk]) -> Future[list[ChunkResult]]:
-        return self._stream.submit(self._run, [chunk._replace(sequence=_snapshot(chunk.sequence)) for chunk in chunks])
+    def launch(self, chunks: Sequence[Chunk]) -> "StreamStep":
+        snapshots = [chunk._replace(sequence=_snapshot(chunk.sequence)) for chunk in chunks]
+        return StreamStep(chunks, self._stream.submit(self._compute, snapshots))
 
-    def collect(self, step: Future[list[ChunkResult]]) -> list[ChunkResult]:
-        return step.result()
+    def sample(self, step: "StreamStep") -> None:
+        constraints = [copy.copy(chunk.sequence.constraint) for chunk in step.chunks]
+        step.results = self._stream.submit(self._choose, step, constraints)
+
+    def collect(self, step: "StreamStep") -> list[ChunkResult]:
+        assert step.results is not None
+        return step.results.result()
 
     def probe(self) -> None:
         self._stream.submit(self._runner.probe).result()
 
-    def _run(self, chunks: list[Chunk]) -> list[ChunkResult]:
+    def _compute(self, chunks: list[Chunk]) -> ComputedStep:
         for chunk in chunks:
             if chunk.start == chunk.sequence.num_tokens:
                 chunk.sequence.token_ids.append(self._last_token[chunk.sequence.slot])
-        results = self._runner.launch(chunks)
-        for chunk, result in zip(chunks, results, strict=True):
+        return self._runner.launch(chunks)
+
+    def _choose(self, step: "StreamStep", constraints: list[ConstraintState | None]) -> list[ChunkResult]:
+        computed = step.computed.result()
+        for chunk, constraint in zip(computed.chunks, constraints, strict=True):
+            chunk.sequence.constraint = constraint
+        self._runner.sample(computed)
+        results = self._runner.collect(computed)
+        for chunk, result in zip(computed.chunks, results, strict=True):
             if result.token_ids:
                 self._last_token[chunk.sequence.slot] = result.token_ids[-1]
         return results

@@ -4,6 +4,8 @@ The reference decodes greedily by hand, from the fake model's logits with what i
 """
 
 import asyncio
+import threading
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
@@ -12,7 +14,7 @@ import pytest
 import torch
 
 from lmdserve.engine.api import EngineError, FinishReason, Request, SamplingParams
-from lmdserve.engine.constraints import ConstraintState
+from lmdserve.engine.constraints import LATE_S, ConstraintState, MaskThreads
 from lmdserve.engine.loop import AsyncEngine
 
 VOCAB_SIZE = 64  # the fake model's, and its last token ends any sequence
@@ -49,6 +51,9 @@ class Climbing:
         assert token_id in self.allowed()
         self.token_ids.append(token_id)
         self.is_over = token_id == self.end
+
+    def take_forced(self) -> list[int]:
+        return []
 
 
 @asynccontextmanager
@@ -149,12 +154,166 @@ async def test_length_and_leaving_end_it_like_any_other(build_fake_engine: Build
         await chunks.aclose()  # type: ignore[attr-defined]
 
 
+class Forcing(Climbing):
+    """Leaves one token only at most places, and says so in advance unless it is told to be silent."""
+
+    def __init__(self, length: int, *, is_silent: bool = False, end: int = 0) -> None:
+        super().__init__(length, end)
+        self.is_silent = is_silent
+        self.num_forced = 0
+
+    def allowed(self) -> list[int]:
+        place = len(self.token_ids)
+        if place >= self.length or sum(self.token_ids) % 5 < 2:
+            return super().allowed()
+        return [1 + (7 * place + sum(self.token_ids)) % (EOS - 1)]
+
+    def take_forced(self) -> list[int]:
+        forced: list[int] = []
+        while not self.is_silent and not self.must_end and len(allowed := self.allowed()) == 1:
+            self.accept(allowed[0])
+            forced += allowed
+        self.num_forced += len(forced)
+        return forced
+
+
+async def test_forced_tokens_come_without_a_step_each_and_change_no_other(
+    build_fake_engine: BuildEngine, fake_model: Any
+) -> None:
+    async with _running(build_fake_engine()) as engine:
+        constraint = Forcing(40)
+        request = _request("r", [1, 2, 3], constraint, max_tokens=50)
+        token_ids, reason = await _tokens(engine, request)
+    assert (token_ids, reason) == (_expected(fake_model, [1, 2, 3], Forcing(40)), FinishReason.STOP)
+    assert constraint.num_forced >= 15
+    assert fake_model.num_steps <= 41 - constraint.num_forced // 3
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        {},
+        {"temperature": 1.0, "seed": 5},
+        {"temperature": 0.8, "seed": 6, "top_p": 0.9, "logit_bias": {5: 3.0}},
+        {"repetition_penalty": 1.2},
+        {"num_logprobs": 1},
+        {"min_tokens": 12, "stop_token_ids": frozenset({6, 17, 30})},
+        {"stop_token_ids": frozenset(range(8, 60, 4))},
+        {"max_tokens": 13},
+    ],
+    ids=lambda sampling: ",".join(sampling) or "greedy",
+)
+@pytest.mark.parametrize("num_blocks", [64, 20], ids=["roomy", "preempting"])
+async def test_an_answer_is_the_same_with_and_without_fast_forward(
+    build_fake_engine: BuildEngine, sampling: Any, num_blocks: int
+) -> None:
+    """Requests share steps with free ones; where blocks are few, they give way to each other and come back."""
+    results = []
+    for is_silent in (True, False):
+        async with _running(build_fake_engine(num_blocks=num_blocks, max_batch_size=12)) as engine:
+            requests = [
+                _request(f"r{i}", [1 + i, 2], Forcing(20 + i, is_silent=is_silent) if i % 3 else None, **sampling)
+                for i in range(6)
+            ]
+            results.append(await asyncio.gather(*(_answer(engine, request) for request in requests)))
+    assert results[0] == results[1]
+
+
+async def _answer(engine: AsyncEngine, request: Request) -> Any:
+    """Return everything that comes of a request: tokens, logprobs, and how it ended, which may be badly."""
+    token_ids: list[int] = []
+    logprobs = []
+    try:
+        async for chunk in engine.generate(request):
+            token_ids += chunk.token_ids
+            logprobs += chunk.logprobs or ()
+    except EngineError as error:
+        return token_ids, logprobs, str(error)
+    return token_ids, logprobs, chunk.finish_reason
+
+
+class Holding(Climbing):
+    """Holds back the mask behind its token number `place` until it is released."""
+
+    def __init__(self, length: int, place: int) -> None:
+        super().__init__(length)
+        self.place = place
+        self.is_held, self.released = threading.Event(), threading.Event()
+
+    def mask(self) -> bytes:
+        if len(self.token_ids) == self.place:
+            self.is_held.set()
+            assert self.released.wait(20.0), "others waited for this mask"
+        return super().mask()
+
+
+@pytest.mark.parametrize("place", [0, 1, 4])
+async def test_a_mask_that_takes_long_keeps_its_own_sequence_back_and_no_other(
+    build_fake_engine: BuildEngine, fake_model: Any, place: int
+) -> None:
+    slow = Holding(8, place)
+    async with _running(build_fake_engine()) as engine:
+        held = asyncio.create_task(_tokens(engine, _request("slow", [1, 2, 3], slow)))
+        others = [
+            asyncio.create_task(_tokens(engine, _request(f"r{i}", [4 + i], Climbing(9) if i else None, max_tokens=15)))
+            for i in range(3)
+        ]
+        results = await asyncio.gather(*others)
+        assert slow.is_held.is_set()
+        assert not held.done()
+        slow.released.set()
+        assert (await held)[0] == _expected(fake_model, [1, 2, 3], Climbing(8))
+    assert results[0][0] == fake_model.greedy([4], 15)
+    for i in (1, 2):
+        assert results[i][0] == _expected(fake_model, [4 + i], Climbing(9))
+
+
+async def test_one_that_leaves_while_its_mask_is_late_is_forgotten(build_fake_engine: BuildEngine) -> None:
+    slow = Holding(8, 2)
+    async with _running(build_fake_engine()) as engine:
+        chunks = engine.generate(_request("slow", [1], slow))
+        await anext(chunks)
+        await asyncio.to_thread(slow.is_held.wait, 20.0)
+        await chunks.aclose()  # type: ignore[attr-defined]
+        slow.released.set()
+        assert len((await _tokens(engine, _request("next", [2], Climbing(3))))[0]) == 4
+
+
+class Dawdling(Forcing):
+    """As Forcing, but some masks take longer than steps wait for."""
+
+    def mask(self) -> bytes:
+        if sum(self.token_ids) % 4 == 1:
+            time.sleep(1.5 * LATE_S)
+        return super().mask()
+
+
+@pytest.mark.parametrize("num_blocks", [64, 14], ids=["roomy", "preempting"])
+async def test_late_masks_change_no_token(build_fake_engine: BuildEngine, fake_model: Any, num_blocks: int) -> None:
+    prompts = [[1 + i, 2] for i in range(5)]
+    async with _running(build_fake_engine(num_blocks=num_blocks)) as engine:
+        results = await asyncio.gather(
+            *(
+                _tokens(engine, _request(f"r{i}", prompt, Dawdling(18) if i else None))
+                for i, prompt in enumerate(prompts)
+            )
+        )
+    assert results[0][0] == fake_model.greedy(prompts[0], 20)
+    for prompt, (token_ids, _) in list(zip(prompts, results, strict=True))[1:]:
+        assert token_ids == _expected(fake_model, prompt, Forcing(18))
+
+
 def test_a_mask_is_computed_once_a_token() -> None:
     constraint = Climbing()
     state = ConstraintState(constraint)
+    threads = MaskThreads()
     for _ in range(3):
-        state.prepare()
-    state.accept([7])
-    state.prepare()
+        threads.prepare([state])
+        threads.wait_for_late()
+    state.take([7])
+    threads.prepare([state])
+    threads.wait_for_late()
+    threads.close()
     assert constraint.num_masks == 2
-    assert state.mask is not None
+    assert state.mask_at(1) is not None
+    assert state.mask_at(0) is None

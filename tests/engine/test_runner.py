@@ -9,7 +9,7 @@ import torch
 from lmdserve.engine.api import EngineInfo, Request, SamplingParams
 from lmdserve.engine.runner import Runner, build_batch
 from lmdserve.engine.sequence import Sequence, new_sequence
-from lmdserve.engine.step import Chunk
+from lmdserve.engine.step import Chunk, ChunkResult
 
 BLOCK_SIZE = 4
 CPU = torch.device("cpu")
@@ -42,6 +42,12 @@ def _chunk(sequence: Sequence, num_new_tokens: int, drafts: tuple[int, ...] = ()
     start = sequence.num_computed_tokens
     is_sampled = start + num_new_tokens - len(drafts) == sequence.num_tokens and sequence.max_new_tokens > 0
     return Chunk(sequence, start, num_new_tokens, is_sampled, drafts)
+
+
+def _run(runner: Runner, chunks: list[Chunk]) -> list[ChunkResult]:
+    step = runner.launch(chunks)
+    runner.sample(step)
+    return runner.collect(step)
 
 
 def _runner(model: Any) -> Runner:
@@ -87,7 +93,7 @@ def test_every_chunk_gets_its_own_result(fake_model: Any) -> None:
     unfinished = _sequence(range(7, 17), [3, 4, 5])
     chunks = [_chunk(decoding, 3), _chunk(unfinished, 4), _chunk(scored, 3)]
     runner = _runner(fake_model)
-    results = runner.collect(runner.launch(chunks))
+    results = _run(runner, chunks)
     assert [result.token_ids for result in results] == [
         (int(fake_model.logits([1, 2, 3]).argmax()),),
         (),
@@ -121,17 +127,17 @@ def test_drafts_change_no_token_and_count_as_far_as_they_are_right(fake_model: A
     runner, plain = _runner(fake_model), sequence()
     expected: list[int] = []
     for _ in range(5):
-        (result,) = runner.launch([_chunk(plain, plain.num_tokens - plain.num_computed_tokens)])
+        (result,) = _run(runner, [_chunk(plain, plain.num_tokens - plain.num_computed_tokens)])
         plain.num_computed_tokens = plain.num_tokens
         plain.token_ids.extend(result.token_ids)
         expected += result.token_ids
     for num_right in range(4):
         guessing = sequence()
-        runner.launch([_chunk(guessing, 2)])
+        _run(runner, [_chunk(guessing, 2)])
         guessing.num_computed_tokens = 2
         wrong = (expected[num_right] + 1) % 64
         drafts = (*expected[:num_right], wrong, *expected[num_right + 1 : 4])
-        (result,) = runner.launch([_chunk(guessing, 1 + len(drafts), drafts)])
+        (result,) = _run(runner, [_chunk(guessing, 1 + len(drafts), drafts)])
         assert list(result.token_ids) == expected[: num_right + 1]
         assert [record.token_id for record in result.logprobs] == expected[: num_right + 1]
 
@@ -140,7 +146,7 @@ def test_a_draft_that_gives_nonsense_fails_only_once_it_is_accepted(fake_model: 
     fake_model.nan_on = {61}
     sequence = _sequence([1, 2, 3], [1, 2])
     right = int(fake_model.logits([1, 2, 3]).argmax())
-    (result,) = _runner(fake_model).launch([_chunk(sequence, 5, (right, 61))])
+    (result,) = _run(_runner(fake_model), [_chunk(sequence, 5, (right, 61))])
     assert result.failure is None
     assert result.token_ids == (right, int(fake_model.logits([1, 2, 3, right]).argmax()))
 

@@ -31,6 +31,9 @@ class ScriptedRunner:
             self._compute(tokens)
         return tokens
 
+    def sample(self, step: list[int]) -> None:
+        pass
+
     def collect(self, step: list[int]) -> list[ChunkResult]:
         self.log.append(f"collect {step}")
         self._compute(step)

@@ -22,12 +22,17 @@ STEP, MODULUS = 7, 31  # coprime, and every residue has tokens in it
 
 
 class Chain:
-    """Allows tokens whose remainder follows from the one before, so that a stale mask shows at once."""
+    """Allows tokens whose remainder follows from the one before, so that a stale mask shows at once.
+
+    From `forced_from` on, three of four tokens are the only ones that may come; it says so in advance unless silent.
+    """
 
     must_end = False
 
-    def __init__(self, vocab_size: int) -> None:
+    def __init__(self, vocab_size: int, *, forced_from: int = LENGTH, is_silent: bool = False) -> None:
         self._vocab_size = vocab_size
+        self._forced_from = forced_from
+        self._is_silent = is_silent
         self.token_ids: list[int] = []
 
     @property
@@ -35,12 +40,27 @@ class Chain:
         return len(self.token_ids) == LENGTH
 
     def mask(self) -> bytes:
-        wanted = (self.token_ids[-1] + STEP) % MODULUS if self.token_ids else 3
         num_bytes = -(-self._vocab_size // 32) * 4
-        return sum(1 << token_id for token_id in range(wanted, self._vocab_size, MODULUS)).to_bytes(num_bytes, "little")
+        return sum(1 << token_id for token_id in self._allowed()).to_bytes(num_bytes, "little")
 
     def accept(self, token_id: int) -> None:
+        assert token_id in self._allowed()
         self.token_ids.append(token_id)
+
+    def take_forced(self) -> list[int]:
+        forced: list[int] = []
+        while not self._is_silent and not self.is_over and len(allowed := self._allowed()) == 1:
+            self.accept(allowed[0])
+            forced += allowed
+        return forced
+
+    def _allowed(self) -> range:
+        place = len(self.token_ids)
+        first = (self.token_ids[-1] + STEP) % MODULUS if place else 3
+        if place >= self._forced_from and place % 4:
+            first += MODULUS * (sum(self.token_ids) % (self._vocab_size // MODULUS - 1))
+            return range(first, first + 1)
+        return range(first, self._vocab_size, MODULUS)
 
 
 def _obeys(token_ids: Sequence[int]) -> bool:
@@ -73,3 +93,33 @@ def test_every_token_obeys_and_nobody_else_notices(temperature: float) -> None:
     for answer in mixed[len(prompts) :]:
         assert len(answer.token_ids) == LENGTH
         assert _obeys(answer.token_ids)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("is_deterministic", [True, False])
+def test_forced_tokens_change_no_other(temperature: float, *, is_deterministic: bool) -> None:
+    """Without deterministic steps the numbers depend on the rows beside, so that answers need only obey."""
+    config = EngineConfig(
+        model=str(DEMO), device=DEVICE, cache_max_entry_count=512, session_len=1024, deterministic=is_deterministic
+    )
+    vocab_size = json.loads((DEMO / "config.json").read_text("utf-8"))["vocab_size"]
+    sampling = SamplingParams(temperature=temperature, seed=3, max_tokens=LENGTH + 9, ignore_eos=True)
+
+    def requests(*, is_silent: bool) -> list[Request]:
+        return [
+            Request(
+                uid=f"{is_silent}{i}",
+                prompt_token_ids=prompt,
+                sampling=sampling,
+                constraint=Chain(vocab_size, forced_from=i, is_silent=is_silent) if i % 3 else None,
+            )
+            for i, prompt in enumerate(chat_prompts()[:9])
+        ]
+
+    stepwise, forwarded = run_engine(config, requests(is_silent=True), requests(is_silent=False)).rounds
+    if is_deterministic:
+        assert [answer.token_ids for answer in forwarded] == [answer.token_ids for answer in stepwise]
+    for index, answer in enumerate(forwarded):
+        if index % 3:
+            assert len(answer.token_ids) == LENGTH
+            assert _obeys(answer.token_ids)
