@@ -1,0 +1,312 @@
+"""A whole run: calibration text through the model layer by layer, each layer quantized and stored, then the checkpoint.
+
+Owns the order of things and what is on the device: one layer, its sample, and the hidden states where they fit. A layer
+sees the text as the 16-bit model before it leaves it. Whatever ends a run early leaves `.quantize` in the output
+folder, from which `resume` goes on: layers that are done are only passed, and the bytes are those of a run without end.
+"""
+
+import hashlib
+import logging
+import resource
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+
+from ..api import ConfigError
+from .architectures import LINEAR_KEYS, LinearKey, layer_prefix
+from .awq import LayerQuantizer, Searches
+from .calibration import Calibration
+from .datasets import DATA_SETS, Split
+from .evaluation import compare, window_tokens
+from .hidden_states import HiddenStates
+from .layer import Layer, Weight
+from .layer_store import LayerStore
+from .options import QuantizeOptions
+from .progress import Progress, ProgressMeter
+from .report import FormatOfWeights, LayerRow, PeakMemory, Quality, Report, SizeBytes, write_report
+from .rounding import Rounding
+from .source import SourceModel
+from .text import BUILTIN, Encode, EncodeChat, TokenSource, calibration_windows, evaluation_windows, read_text
+from .writer import check_space, layer_tensors, write_checkpoint
+
+logger = logging.getLogger(__name__)
+
+_BATCH_TOKENS = {"cuda": 8192, "cpu": 1}
+# float16 ends at 65504; activations on other text may be larger than those seen.
+_LARGEST_FLOAT16_ACTIVATION = 65504 / 4
+_LARGEST_FLOAT16_WEIGHT = 65504
+_DTYPES = {"auto": torch.float16, "float16": torch.float16, "bfloat16": torch.bfloat16}
+# Options that change no bit of the checkpoint.
+_WITHOUT_EFFECT = frozenset(
+    {"work_dir", "calib_dataset", "calib_data_dir", "device", "resume", "overwrite", "eval_dataset", "eval_tokens"}
+    | {"skip_evaluation"}
+)
+
+
+@dataclass(frozen=True, slots=True)
+class TextSide:
+    """The model's tokenizer, as functions: the engine knows none."""
+
+    encode: Encode
+    encode_chat: EncodeChat | None
+
+
+def quantize(
+    source_folder: Path, options: QuantizeOptions, text: TextSide, on_progress: Callable[[Progress], None]
+) -> Path:
+    """Quantize the checkpoint in `source_folder` into `options.work_dir`, and return that folder.
+
+    Raises ConfigError for whatever the user can put right: the source, its weights, the text, the options, the disk.
+    """
+    with torch.inference_mode():
+        return _Run(source_folder, options, text, on_progress).run()
+
+
+class _Run:
+    def __init__(
+        self, source_folder: Path, options: QuantizeOptions, text: TextSide, on_progress: Callable[[Progress], None]
+    ) -> None:
+        self._options = options
+        self._source = SourceModel(source_folder)
+        self._output = Path(options.work_dir).expanduser()
+        self._store = LayerStore(self._output)
+        self._device = _choose_device(options)
+        self._compute_dtype = torch.bfloat16 if self._device.type == "cuda" else torch.float32
+        self._rounding = Rounding(options.w_group_size, options.w_sym, _DTYPES[options.dtype])
+        self._text = text
+        self._meter = ProgressMeter(self._source.config.num_layers, on_progress, evaluates=not options.skip_evaluation)
+        self._quantizer = LayerQuantizer(
+            self._source.config,
+            self._source.plans,
+            self._rounding,
+            Searches(scale=options.search_scale, clip=options.search_clip),
+        )
+
+    def run(self) -> Path:
+        self._meter.begin("read")
+        self._check_output()
+        if len(self._quantizer.misfits) == len(LINEAR_KEYS):
+            reasons = "; ".join(f"{key}: {reason}" for key, reason in self._quantizer.misfits.items())
+            raise ConfigError(f"nothing of {self._source.folder} can be quantized like this ({reasons})")
+        windows = self._windows()
+        self._prepare_store(windows)
+        self._search(windows)
+        self._meter.begin("write")
+        self._write()
+        quality = None if self._options.skip_evaluation else self._evaluate()
+        self._meter.end()
+        write_report(self._output, self._report(quality))
+        self._store.remove()
+        self._meter.finish()
+        return self._output
+
+    def _check_output(self) -> None:
+        """Raise ConfigError when the output folder may not be written to; make it otherwise."""
+        options, output = self._options, self._output
+        if output.exists() and not output.is_dir():
+            raise ConfigError(f"--work-dir {output} is a file; give a folder")
+        if output.is_dir() and output.samefile(self._source.folder):
+            raise ConfigError(f"--work-dir {output} is the folder of the model itself; give another one")
+        if self._store.exists():
+            if not (options.resume or options.overwrite):
+                raise ConfigError(
+                    f"{output} holds a run that was interrupted; give --resume to go on with it, or --overwrite"
+                )
+        elif not options.overwrite and (any(output.glob("*.safetensors")) or (output / "config.json").exists()):
+            raise ConfigError(f"{output} holds a checkpoint already; give another --work-dir, or --overwrite")
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"--work-dir {output} cannot be made ({error.strerror}); give another one") from None
+
+    def _windows(self) -> torch.Tensor | None:
+        """Return the calibration text, int64 [num_windows, seqlen]; None when none is asked for."""
+        options, config = self._options, self._source.config
+        if options.calib_samples == 0:
+            return None
+        if options.calib_seqlen > config.max_position_embeddings:
+            raise ConfigError(
+                f"--calib-seqlen {options.calib_seqlen} is longer than the model's context of "
+                f"{config.max_position_embeddings} tokens; give less"
+            )
+        tokens = self._read_text(options.calib_dataset, "calibration")
+        windows = calibration_windows(
+            tokens, num_samples=options.calib_samples, seqlen=options.calib_seqlen, seed=options.seed
+        )
+        if int(windows.max()) >= config.vocab_size:
+            raise ConfigError(
+                f"the tokenizer gives token {int(windows.max())} and the model has {config.vocab_size}; check that the "
+                f"tokenizer in {self._source.folder} belongs to the model"
+            )
+        return windows
+
+    def _read_text(self, source: str, split: Split) -> TokenSource:
+        data_dir = self._options.calib_data_dir
+        return read_text(
+            source,
+            data_dir=None if data_dir is None else Path(data_dir).expanduser(),
+            split=split,
+            encode=self._text.encode,
+            encode_chat=self._text.encode_chat,
+        )
+
+    def _prepare_store(self, windows: torch.Tensor | None) -> None:
+        options = {key: value for key, value in asdict(self._options).items() if key not in _WITHOUT_EFFECT}
+        text = "none" if windows is None else hashlib.sha256(save({"windows": windows})).hexdigest()
+        identity = {**options, "model": self._source.fingerprint(), "text": text, "device": self._device.type}
+        if self._store.exists() and self._options.resume and not self._options.overwrite:
+            self._store.check(identity)
+        else:
+            check_space(self._output, self._source, self._rounding)
+            self._store.begin(identity)
+
+    def _search(self, windows: torch.Tensor | None) -> None:
+        """Quantize and store every layer that is not stored yet; those before the first such are only passed."""
+        num_finished = self._store.num_finished()
+        if num_finished == self._source.config.num_layers:
+            return
+        calibration = None if windows is None else self._calibration(windows)
+        self._meter.begin("search")
+        self._meter.skip_layers(num_finished)
+        for index in range(0 if calibration else num_finished, self._source.config.num_layers):
+            self._meter.layer(index)
+            layer, stored = self._source.layer(index, dtype=self._compute_dtype, device=self._device)
+            if index >= num_finished:
+                self._quantize_layer(index, layer, stored, calibration)
+            elif calibration is not None:
+                calibration.skip_layer(layer)
+
+    def _quantize_layer(
+        self, index: int, layer: Layer, stored: Mapping[LinearKey, Weight], calibration: Calibration | None
+    ) -> None:
+        sample, largest = None, 0.0
+        if calibration is not None:
+            try:
+                sample, largest = calibration.pass_layer(layer, lambda done: self._meter.layer(index, done / 2))
+            except ConfigError as error:
+                raise ConfigError(f"{self._source.folder}, layer {index}: {error}") from None
+        result = self._quantizer.quantize(layer, lambda key: stored[key].weight.to(torch.float32, copy=True), sample)
+        largest_weight = max(float(tensor.abs().amax()) for tensor in (*result.norms.values(), *result.kept.values()))
+        notes = {
+            "outcomes": [asdict(outcome) for outcome in result.outcomes],
+            "largest_activation": largest,
+            "largest_weight": largest_weight,
+        }
+        self._store.save(index, layer_tensors(self._source, index, result), notes)
+
+    def _calibration(self, windows: torch.Tensor) -> Calibration:
+        options, source = self._options, self._source
+        batch_size = options.batch_size or max(1, _BATCH_TOKENS[self._device.type] // options.calib_seqlen)
+        embedding = source.embedding().to(self._compute_dtype)
+        states = HiddenStates(windows, embedding, batch_size=batch_size, device=self._device)
+        return Calibration(
+            source.config,
+            states,
+            {key: plan.in_features for key, plan in source.plans.items()},
+            group_size=options.w_group_size if options.search_clip else None,
+            dtype=self._compute_dtype,
+            device=self._device,
+            seed=options.seed,
+        )
+
+    def _write(self) -> None:
+        notes = [self._store.notes(layer) for layer in range(self._source.config.num_layers)]
+        write_checkpoint(
+            self._source,
+            self._store,
+            self._output,
+            rounding=self._rounding,
+            dtype=self._stored_dtype(notes),
+            unquantized_modules=[
+                f"{layer_prefix(layer)}{name}"
+                for layer, note in enumerate(notes)
+                for outcome in note["outcomes"]
+                if outcome["reason"] is not None
+                for name, _ in self._source.plans[outcome["linear"]].modules
+            ],
+        )
+
+    def _evaluate(self) -> Quality:
+        """Measure the checkpoint against its source, on text that was not calibrated on."""
+        self._meter.begin("evaluate")
+        options = self._options
+        name = options.eval_dataset or _held_out(options.calib_dataset)
+        windows = evaluation_windows(
+            self._read_text(name, "evaluation"),
+            seqlen=min(window_tokens(self._source.config), options.eval_tokens),
+            max_tokens=options.eval_tokens,
+        )
+        rows = compare(self._source.folder, self._output, windows, device=self._device, on_progress=self._meter.part)
+        return Quality(text=name, num_tokens=windows.numel(), rows=rows)
+
+    def _report(self, quality: Quality | None) -> Report:
+        options, plans = self._options, self._source.plans
+        return Report(
+            source=str(self._source.folder),
+            output=str(self._output),
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            format=FormatOfWeights(
+                method="awq", bits=options.w_bits, group_size=options.w_group_size, symmetric=options.w_sym
+            ),
+            size_bytes=SizeBytes(before=_weight_bytes(self._source.folder), after=_weight_bytes(self._output)),
+            layers=[
+                LayerRow(
+                    layer=layer,
+                    linear=" + ".join(name for name, _ in plans[outcome["linear"]].modules),
+                    relative_error=outcome["relative_error"],
+                    bits=options.w_bits if outcome["reason"] is None else 16,
+                    reason=outcome["reason"],
+                )
+                for layer in range(self._source.config.num_layers)
+                for outcome in self._store.notes(layer)["outcomes"]
+            ],
+            quality=quality,
+            time_s=self._meter.seconds,
+            peak_memory_bytes=PeakMemory(device=_peak_device_bytes(self._device), host=_peak_host_bytes()),
+        )
+
+    def _stored_dtype(self, notes: Sequence[Mapping[str, Any]]) -> torch.dtype:
+        """Return the type of the checkpoint; "auto" leaves float16 when something would not fit."""
+        if self._options.dtype != "auto":
+            return _DTYPES[self._options.dtype]
+        activation = max(note["largest_activation"] for note in notes)
+        outer = (tensor.abs().amax() for tensor in self._source.outer_tensors().values())
+        weight = max(float(max(outer)), *(note["largest_weight"] for note in notes))
+        if activation <= _LARGEST_FLOAT16_ACTIVATION and weight <= _LARGEST_FLOAT16_WEIGHT:
+            return torch.float16
+        logger.warning(
+            "the checkpoint is bfloat16: activations reach %.0f and weights %.0f, and float16 ends at %d",
+            activation,
+            weight,
+            _LARGEST_FLOAT16_WEIGHT,
+        )
+        return torch.bfloat16
+
+
+def _choose_device(options: QuantizeOptions) -> torch.device:
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: torch finds no GPU; give --device cpu, or check the driver")
+    return torch.device("cuda" if options.device != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def _held_out(calib_dataset: str) -> str:
+    """Return the text to measure on: the other part of the calibration text, or for a file, which has none, ours."""
+    return calib_dataset if calib_dataset in DATA_SETS else BUILTIN
+
+
+def _weight_bytes(folder: Path) -> int:
+    files = list(folder.glob("*.safetensors")) or list(folder.glob("*.bin"))
+    return sum(file.stat().st_size for file in files)
+
+
+def _peak_device_bytes(device: torch.device) -> int:
+    return torch.cuda.max_memory_reserved(device) if device.type == "cuda" else 0
+
+
+def _peak_host_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB

@@ -1,0 +1,100 @@
+"""The 16-bit checkpoint that is quantized, a layer at a time. Owns the way from names on disk to a `Layer`."""
+
+import hashlib
+from pathlib import Path
+
+import torch
+
+from ..api import ConfigError
+from ..checkpoint import Checkpoint
+from ..model_config import ModelConfig
+from .architectures import LINEAR_KEYS, LinearKey, LinearPlan, layer_prefix, linear_plans, norm_names
+from .layer import Layer, Weight
+
+
+class SourceModel:
+    """A checkpoint's weights by their place in the model; every tensor is checked when it is read.
+
+    A tensor that is missing, of another shape than config.json implies or not finite is a ConfigError that names it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Read config.json; ConfigError when it is not of a supported family, or of weights in 4 bits already."""
+        self.folder = folder
+        self.config = ModelConfig.from_folder(folder)
+        if self.config.quantization is not None:
+            raise ConfigError(
+                f"{folder} is quantized already ({self.config.quantization.method}); give the 16-bit checkpoint it was "
+                "made from"
+            )
+        self.plans: dict[LinearKey, LinearPlan] = linear_plans(self.config)
+        self._checkpoint = Checkpoint(folder)
+
+    def fingerprint(self) -> str:
+        """Return a digest that changes when config.json or a weight file does, by their sizes and times."""
+        files = sorted(path for path in self.folder.iterdir() if path.suffix in (".safetensors", ".bin"))
+        stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+        config = (self.folder / "config.json").read_bytes()
+        return hashlib.sha256(config + repr(stats).encode()).hexdigest()
+
+    def layer(self, index: int, *, dtype: torch.dtype, device: torch.device) -> tuple[Layer, dict[LinearKey, Weight]]:
+        """Return a layer that computes in `dtype`, and its linears in the type that they are stored in."""
+        norms = {
+            name: self._vector(f"{layer_prefix(index)}{on_disk}.weight", device)
+            for name, on_disk in norm_names(self.config).items()
+        }
+        stored = {key: self._linear(index, self.plans[key], device) for key in LINEAR_KEYS}
+        computed = {
+            key: Weight(weight.weight.to(dtype), None if weight.bias is None else weight.bias.to(dtype))
+            for key, weight in stored.items()
+        }
+        return Layer(self.config, {name: norm.to(dtype) for name, norm in norms.items()}, computed), stored
+
+    def embedding(self) -> torch.Tensor:
+        """Return the embedding as it is stored, [vocab_size, hidden_size], on the CPU."""
+        shape = (self.config.vocab_size, self.config.hidden_size)
+        return self._read(f"{self.config.family.names.embedding}.weight", shape, torch.device("cpu"))
+
+    def outer_tensors(self) -> dict[str, torch.Tensor]:
+        """Return what lies outside of the layers, by its name on disk: embedding, last norm, and head unless tied."""
+        names, config = self.config.family.names, self.config
+        tensors = {
+            f"{names.embedding}.weight": self.embedding(),
+            f"{names.final_norm}.weight": self._vector(f"{names.final_norm}.weight", torch.device("cpu")),
+        }
+        if not config.tie_word_embeddings:
+            head = f"{names.head}.weight"
+            tensors[head] = self._read(head, (config.vocab_size, config.hidden_size), torch.device("cpu"))
+        return tensors
+
+    def _linear(self, index: int, plan: LinearPlan, device: torch.device) -> Weight:
+        names = [(layer_prefix(index) + name, size) for name, size in plan.modules]
+        weight = torch.cat([self._read(f"{name}.weight", (size, plan.in_features), device) for name, size in names])
+        bias = (
+            torch.cat([self._read(f"{name}.bias", (size,), device) for name, size in names]) if plan.has_bias else None
+        )
+        if plan.disk_rows is None:
+            return Weight(weight, bias)
+        rows = plan.disk_rows.to(device)
+        return Weight(weight[rows], None if bias is None else bias[rows])
+
+    def _vector(self, name: str, device: torch.device) -> torch.Tensor:
+        size = self.config.head_dim if "q_norm" in name or "k_norm" in name else self.config.hidden_size
+        return self._read(name, (size,), device)
+
+    def _read(self, name: str, shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
+        tensor = self._checkpoint.read(name)
+        if tensor is None:
+            raise ConfigError(f"{self.folder} lacks the tensor {name} that config.json implies; download it again")
+        if tuple(tensor.shape) != shape:
+            raise ConfigError(
+                f"{self.folder}: tensor {name} has shape {list(tensor.shape)}, and config.json implies {list(shape)}; "
+                "check that config.json belongs to these weights"
+            )
+        tensor = tensor.to(device)
+        if not tensor.isfinite().all():
+            raise ConfigError(
+                f"{self.folder}: tensor {name} holds NaN or infinity, so the model is broken before it is quantized; "
+                "download it again, or take the checkpoint before the training that broke it"
+            )
+        return tensor
