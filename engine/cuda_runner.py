@@ -81,6 +81,8 @@ class CudaRunner:
         self._in_flight: list[CudaStep] = []
         self.device_busy_s = 0.0
         self.device_idle_s = 0.0  # between the end of a step and the begin of the next, launched before that end
+        # Weights and buffers were filled on the loading thread's stream, which this one does not wait for by itself.
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
             compile_kernels(decoder, memory, self._sampler, limits, max_draft_rows=max_draft_rows)
             self._upload(pad_decode_rows(StepInputs(), limits.max_logit_rows))
