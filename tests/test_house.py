@@ -27,6 +27,7 @@ MAY_BUILD_AN_ENGINE = {
     "server/loading.py",
     "server/job_worker.py",
     "server/quantize_command.py",
+    "server/convert_command.py",
 }
 # What all other files of server/ may know of the engine.
 ENGINE_CONTRACT = {"engine.api", "engine.config", "engine.quantize.options", "engine.quantize.report"}
