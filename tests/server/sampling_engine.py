@@ -18,17 +18,29 @@ FAVOURITES = frozenset(b'"]},: \n0123456789truefalsnabcdefgh')
 class SamplingEngine(FakeEngine):
     """Draws tokens; what the constraint does not allow is never drawn, and nothing else is known of it.
 
-    `opener` are the bytes that open a call where no control token does: they are written now and then.
+    Tokens are bytes, with control tokens behind them, unless `favourites` and `control_ids` say otherwise. `opener` are
+    the bytes that open a call where no control token does: they are written now and then.
     """
 
-    def __init__(self, vocab_size: int, end_ids: Collection[int], *, seed: int = 0, opener: bytes = b"") -> None:
+    def __init__(
+        self,
+        vocab_size: int,
+        end_ids: Collection[int],
+        *,
+        seed: int = 0,
+        opener: bytes = b"",
+        favourites: Collection[int] = FAVOURITES,
+        control_ids: Collection[int] | None = None,
+    ) -> None:
         super().__init__()
         self._opener = opener
+        self._all = (1 << vocab_size) - 1
+        self._favourites = sum(1 << token_id for token_id in favourites)
+        self._control = sum(1 << i for i in (range(NUM_BYTES, vocab_size) if control_ids is None else control_ids))
         self.info = EngineInfo(vocab_size=vocab_size, session_len=1 << 20, eos_token_ids=frozenset(end_ids))
         self._random = random.Random(seed)
 
     async def generate(self, request: Request) -> AsyncIterator[Chunk]:
-        self.requests.append(request)
         ends = request.sampling.stop_token_ids | self.info.eos_token_ids
         constraint = request.constraint
         due: list[int] = []  # the rest of an opener that was begun
@@ -47,12 +59,21 @@ class SamplingEngine(FakeEngine):
                 return
 
     def _draw(self, mask: bytes | None) -> int:
-        allowed = [token_id for token_id in range(self.info.vocab_size) if _allows(mask, token_id)]
+        allowed = self._all if mask is None else int.from_bytes(mask, "little") & self._all
         assert allowed, "the constraint allows nothing"
-        control = [token_id for token_id in allowed if token_id >= NUM_BYTES]
-        favourites = [token_id for token_id in allowed if token_id in FAVOURITES]
-        pools = [pool for pool, share in ((control, 0.15), (favourites, 0.8)) if pool and self._random.random() < share]
-        return self._random.choice(pools[0] if pools else allowed)
+        for liked, share in ((self._control & allowed, 0.15), (self._favourites & allowed, 0.8)):
+            if liked and self._random.random() < share:
+                return self._draw_from(liked)
+        return self._draw_from(allowed)
+
+    def _draw_from(self, bits: int) -> int:
+        """Return one of few set bits, each as likely; of many the first behind a random place."""
+        if bits.bit_count() <= NUM_BYTES:
+            for _ in range(self._random.randrange(bits.bit_count())):
+                bits &= bits - 1
+        else:
+            bits &= -1 << self._random.randrange(bits.bit_length())
+        return (bits & -bits).bit_length() - 1
 
 
 def _allows(mask: bytes | None, token_id: int) -> bool:

@@ -29,6 +29,25 @@ WRITTEN: list[Any] = [
     {"type": "object", "properties": {"a": {"type": "array", "prefixItems": [{"type": "integer"}, {"const": "x"}],
      "items": False, "minItems": 2}}, "required": ["a"], "additionalProperties": False},
 ]  # fmt: skip
+SLOPPY: list[Any] = [
+    {"type": "HashMap", "properties": {"a": {"type": "String"}, "b": {"type": "ArrayList", "items": "int"}}},
+    {"properties": {"a": {"type": "any"}, "b": {"type": "float", "required": True}, "c": {"type": ["str", None]}}},
+    {"type": "object", "properties": {"a": {"type": "string", "nullable": True}, "b": {"type": "tuple[int]"}}},
+    {"type": "object", "properties": {"a": {"items": [{"type": "int"}, {"type": "bool"}], "additionalItems": False}}},
+    {"type": "object", "properties": {"a": {"type": "integer", "minimum": 3, "exclusiveMinimum": True}}},
+    {"type": "object", "properties": {"a": {"type": "datetime"}, "b": {"type": "Optional[int]"}}, "required": ["a"]},
+    {"type": "object", "properties": {"a": {"type": "string", "format": "int32"}}, "required": ["a"]},
+    {"type": "object", "properties": {"a": {"type": "list", "items": {"enum": [1, 2]}, "uniqueItems": True,
+     "minItems": 2, "maxItems": 2}}, "required": ["a"], "additionalProperties": False},
+    {"type": "object", "properties": {"a": {"type": "integer", "minimum": 0, "maximum": 3, "not": {"const": 0}}},
+     "required": ["a"], "additionalProperties": False},
+    {"type": "object", "properties": {"a": {"oneOf": [{"type": "integer"}, {"type": "number", "minimum": 5}]}}},
+    {"type": "object", "properties": {"a": {"type": "boolean"}, "b": {"type": "boolean"}}, "minProperties": 1,
+     "additionalProperties": False},
+    {"type": "object", "properties": {"a": {"type": "boolean"}}, "additionalProperties": {"type": "integer"}},
+    {"type": "object", "patternProperties": {"^x_": {"type": "string"}}, "additionalProperties": False},
+]  # fmt: skip
+"""Types of other languages, older drafts' ways, and keywords that no grammar enforces."""
 
 
 def random_schema(rng: random.Random, depth: int = 3) -> dict[str, Any]:
