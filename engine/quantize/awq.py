@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from ..model_config import ModelConfig
 from .architectures import LinearKey, LinearPlan
-from .layer import Layer, Rotary
+from .layer import Layer, LayerWeights, Rotary
 from .rounding import RoundedWeight, Rounding, full_range, round_weight
 from .search import search_range, search_scale
 from .statistics import InputStatistics
@@ -82,20 +82,19 @@ class LayerQuantizer:
         """The linears whose sizes no checkpoint of this format can hold, and why."""
         return self._misfits
 
-    def quantize(
-        self, layer: Layer, original: Callable[[LinearKey], torch.Tensor], sample: LayerSample | None
-    ) -> QuantizedLayer:
-        """Quantize one layer; `original` gives a linear's weight in float32. Without a sample it is only rounded."""
-        scales = {} if sample is None or not self._searches.scale else self._search_scales(layer, original, sample)
-        result = QuantizedLayer(self._scaled_norms(layer, scales))
-        for key in self._plans:
-            weight, bias = original(key), layer.linears[key].bias
+    def quantize(self, layer: Layer, stored: LayerWeights, sample: LayerSample | None) -> QuantizedLayer:
+        """Quantize one layer, `stored` as its checkpoint has it. Without a sample it is only rounded."""
+        scales = {} if sample is None or not self._searches.scale else self._search_scales(layer, stored, sample)
+        result = QuantizedLayer(_scaled_norms(stored.norms, scales))
+        for key, linear in stored.linears.items():
+            weight = linear.weight.to(torch.float32, copy=True)
+            bias = None if linear.bias is None else linear.bias.float()
             row_scale = self._row_scale(key, scales)
             if row_scale is not None:
                 weight.div_(row_scale.unsqueeze(1))
-                bias = None if bias is None else bias.float() / row_scale
+                bias = None if bias is None else bias / row_scale
             if bias is not None:
-                result.biases[key] = bias.float()
+                result.biases[key] = bias
             self._round(key, weight, scales.get(key), sample, result)
         return result
 
@@ -151,9 +150,7 @@ class LayerQuantizer:
             return f"its outputs do not divide into words of {_WORD_OUTPUTS}"
         return None
 
-    def _search_scales(
-        self, layer: Layer, original: Callable[[LinearKey], torch.Tensor], sample: LayerSample
-    ) -> dict[LinearKey, torch.Tensor]:
+    def _search_scales(self, layer: Layer, stored: LayerWeights, sample: LayerSample) -> dict[LinearKey, torch.Tensor]:
         """Return the scale of each linear's inputs, float32 [in_features], where it can be folded."""
         errors = {
             "qkv": _attention_error(layer, sample),
@@ -162,12 +159,12 @@ class LayerQuantizer:
             "down": _linear_error(layer, "down", sample),
         }
         scales: dict[LinearKey, torch.Tensor] = {}
-        for key, plan in self._plans.items():
-            if key in self._misfits:
-                continue
+        for key in (key for key in self._plans if key not in self._misfits):
             magnitude = sample.statistics[key].mean_magnitude
             share, expand = (self._share, self._expand) if key == "output" else (None, None)
-            found = search_scale(original(plan.key), magnitude, self._rounding, errors[key], share=share, expand=expand)
+            found = search_scale(
+                stored.linears[key].weight.float(), magnitude, self._rounding, errors[key], share=share, expand=expand
+            )
             scales[key] = found if expand is None else expand(found)
         return scales
 
@@ -181,13 +178,6 @@ class LayerQuantizer:
         config = self._config
         by_head = values.view(config.num_kv_heads, 1, config.head_dim)
         return by_head.expand(-1, config.num_heads // config.num_kv_heads, -1).flatten()
-
-    def _scaled_norms(self, layer: Layer, scales: Mapping[LinearKey, torch.Tensor]) -> dict[str, torch.Tensor]:
-        norms = {name: weight.float() for name, weight in layer.norms.items()}
-        for name, key in _NORM_BEFORE.items():
-            if key in scales:
-                norms[name] = norms[name] / scales[key]
-        return norms
 
     def _row_scale(self, key: LinearKey, scales: Mapping[LinearKey, torch.Tensor]) -> torch.Tensor | None:
         """Return what the rows of a linear are divided by because the linear after it is scaled, or None."""
@@ -203,6 +193,16 @@ class LayerQuantizer:
 
 _NORM_BEFORE: Mapping[str, LinearKey] = {"attention_norm": "qkv", "mlp_norm": "gate_up"}
 _ROWS_BEFORE: Mapping[LinearKey, LinearKey] = {"qkv": "output", "gate_up": "down"}
+
+
+def _scaled_norms(
+    norms: Mapping[str, torch.Tensor], scales: Mapping[LinearKey, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    scaled = {name: norm.float() for name, norm in norms.items()}
+    for name, key in _NORM_BEFORE.items():
+        if key in scales:
+            scaled[name] = scaled[name] / scales[key]
+    return scaled
 
 
 def _attention_error(layer: Layer, sample: LayerSample) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -5,7 +5,6 @@ activations that float16 cannot hold are common, and float32 on a CPU.
 """
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -30,6 +29,24 @@ class Weight:
         return functional.linear(x, self.weight, self.bias)
 
 
+@dataclass(slots=True)
+class LayerWeights:
+    """All that a layer has, norms by our names."""
+
+    norms: dict[str, torch.Tensor]
+    linears: dict[LinearKey, Weight]
+
+    def to(self, dtype: torch.dtype) -> "LayerWeights":
+        """Return the same in another type; what has it already is shared."""
+        return LayerWeights(
+            {name: norm.to(dtype) for name, norm in self.norms.items()},
+            {
+                key: Weight(linear.weight.to(dtype), None if linear.bias is None else linear.bias.to(dtype))
+                for key, linear in self.linears.items()
+            },
+        )
+
+
 class Observer(Protocol):
     """Is shown what goes into each linear of a layer."""
 
@@ -38,14 +55,12 @@ class Observer(Protocol):
 
 
 class Layer:
-    """The weights of one layer on the device where it is computed, and its forward pass."""
+    """One layer in the type and on the device where it is computed, and its forward pass."""
 
-    def __init__(
-        self, config: ModelConfig, norms: Mapping[str, torch.Tensor], linears: Mapping[LinearKey, Weight]
-    ) -> None:
+    def __init__(self, config: ModelConfig, weights: LayerWeights) -> None:
         self.config = config
-        self.norms = dict(norms)
-        self.linears = dict(linears)
+        self.norms = weights.norms
+        self.linears = weights.linears
 
     def forward(self, x: torch.Tensor, rotary: "Rotary", observe: Observer | None = None) -> torch.Tensor:
         """Return the hidden states [num_windows, seqlen, hidden_size] after this layer."""

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ class LayerStore:
     def begin(self, identity: Mapping[str, Any]) -> None:
         """Start a run; whatever an earlier one left is removed."""
         self.remove()
-        self._folder.mkdir(parents=True)
+        self._folder.mkdir(parents=True, exist_ok=True)
         write_atomically(self._folder / _STATE, json.dumps(dict(identity), indent=2).encode())
 
     def check(self, identity: Mapping[str, Any]) -> None:
@@ -77,8 +78,10 @@ class LayerStore:
             return json.loads(file.metadata()["notes"])
 
     def remove(self) -> None:
-        """Remove everything."""
+        """Remove everything, and the output folder too if there is nothing else in it."""
         shutil.rmtree(self._folder, ignore_errors=True)
+        with suppress(OSError):
+            self._folder.parent.rmdir()
 
     def _path(self, layer: int) -> Path:
         return self._folder / f"layer-{layer:05}.safetensors"

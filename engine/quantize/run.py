@@ -18,20 +18,20 @@ import torch
 from safetensors.torch import save
 
 from ..api import ConfigError
-from .architectures import LINEAR_KEYS, LinearKey, layer_prefix
+from .architectures import LINEAR_KEYS, layer_prefix
 from .awq import LayerQuantizer, Searches
 from .calibration import Calibration
-from .datasets import DATA_SETS, Split
+from .datasets import Split
 from .evaluation import compare, window_tokens
 from .hidden_states import HiddenStates
-from .layer import Layer, Weight
+from .layer import Layer, LayerWeights
 from .layer_store import LayerStore
 from .options import QuantizeOptions
 from .progress import Progress, ProgressMeter
 from .report import FormatOfWeights, LayerRow, PeakMemory, Quality, Report, SizeBytes, write_report
 from .rounding import Rounding
 from .source import SourceModel
-from .text import BUILTIN, Encode, EncodeChat, TokenSource, calibration_windows, evaluation_windows, read_text
+from .text import Encode, EncodeChat, TokenSource, calibration_windows, evaluation_windows, held_out_text, read_text
 from .writer import check_space, layer_tensors, write_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -76,7 +76,7 @@ class _Run:
         self._output = Path(options.work_dir).expanduser()
         self._store = LayerStore(self._output)
         self._device = _choose_device(options)
-        self._compute_dtype = torch.bfloat16 if self._device.type == "cuda" else torch.float32
+        self._compute_dtype = _compute_dtype(self._device)
         self._rounding = Rounding(options.w_group_size, options.w_sym, _DTYPES[options.dtype])
         self._text = text
         self._meter = ProgressMeter(self._source.config.num_layers, on_progress, evaluates=not options.skip_evaluation)
@@ -95,7 +95,11 @@ class _Run:
             raise ConfigError(f"nothing of {self._source.folder} can be quantized like this ({reasons})")
         windows = self._windows()
         self._prepare_store(windows)
-        self._search(windows)
+        try:
+            self._search(windows)
+        except ConfigError:  # the same model would end the same way, so there is nothing to go on with
+            self._store.remove()
+            raise
         self._meter.begin("write")
         self._write()
         quality = None if self._options.skip_evaluation else self._evaluate()
@@ -106,7 +110,7 @@ class _Run:
         return self._output
 
     def _check_output(self) -> None:
-        """Raise ConfigError when the output folder may not be written to; make it otherwise."""
+        """Raise ConfigError when the output folder may not be written to."""
         options, output = self._options, self._output
         if output.exists() and not output.is_dir():
             raise ConfigError(f"--work-dir {output} is a file; give a folder")
@@ -119,10 +123,6 @@ class _Run:
                 )
         elif not options.overwrite and (any(output.glob("*.safetensors")) or (output / "config.json").exists()):
             raise ConfigError(f"{output} holds a checkpoint already; give another --work-dir, or --overwrite")
-        try:
-            output.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(f"--work-dir {output} cannot be made ({error.strerror}); give another one") from None
 
     def _windows(self) -> torch.Tensor | None:
         """Return the calibration text, int64 [num_windows, seqlen]; None when none is asked for."""
@@ -158,12 +158,23 @@ class _Run:
     def _prepare_store(self, windows: torch.Tensor | None) -> None:
         options = {key: value for key, value in asdict(self._options).items() if key not in _WITHOUT_EFFECT}
         text = "none" if windows is None else hashlib.sha256(save({"windows": windows})).hexdigest()
-        identity = {**options, "model": self._source.fingerprint(), "text": text, "device": self._device.type}
+        identity = {
+            **options,
+            "model": self._source.fingerprint(),
+            "text": text,
+            "computed in": f"{self._compute_dtype} on {self._device.type}",
+        }
         if self._store.exists() and self._options.resume and not self._options.overwrite:
             self._store.check(identity)
-        else:
-            check_space(self._output, self._source, self._rounding)
+            return
+        check_space(self._output, self._source, self._rounding)
+        try:
+            self._output.mkdir(parents=True, exist_ok=True)
             self._store.begin(identity)
+        except OSError as error:
+            raise ConfigError(
+                f"--work-dir {self._output} cannot be written to ({error.strerror}); give another one"
+            ) from None
 
     def _search(self, windows: torch.Tensor | None) -> None:
         """Quantize and store every layer that is not stored yet; those before the first such are only passed."""
@@ -175,22 +186,21 @@ class _Run:
         self._meter.skip_layers(num_finished)
         for index in range(0 if calibration else num_finished, self._source.config.num_layers):
             self._meter.layer(index)
-            layer, stored = self._source.layer(index, dtype=self._compute_dtype, device=self._device)
+            stored = self._source.layer(index, self._device)
+            layer = Layer(self._source.config, stored.to(self._compute_dtype))
             if index >= num_finished:
                 self._quantize_layer(index, layer, stored, calibration)
             elif calibration is not None:
                 calibration.skip_layer(layer)
 
-    def _quantize_layer(
-        self, index: int, layer: Layer, stored: Mapping[LinearKey, Weight], calibration: Calibration | None
-    ) -> None:
+    def _quantize_layer(self, index: int, layer: Layer, stored: LayerWeights, calibration: Calibration | None) -> None:
         sample, largest = None, 0.0
         if calibration is not None:
             try:
                 sample, largest = calibration.pass_layer(layer, lambda done: self._meter.layer(index, done / 2))
             except ConfigError as error:
                 raise ConfigError(f"{self._source.folder}, layer {index}: {error}") from None
-        result = self._quantizer.quantize(layer, lambda key: stored[key].weight.to(torch.float32, copy=True), sample)
+        result = self._quantizer.quantize(layer, stored, sample)
         largest_weight = max(float(tensor.abs().amax()) for tensor in (*result.norms.values(), *result.kept.values()))
         notes = {
             "outcomes": [asdict(outcome) for outcome in result.outcomes],
@@ -235,7 +245,7 @@ class _Run:
         """Measure the checkpoint against its source, on text that was not calibrated on."""
         self._meter.begin("evaluate")
         options = self._options
-        name = options.eval_dataset or _held_out(options.calib_dataset)
+        name = options.eval_dataset or held_out_text(options.calib_dataset)
         windows = evaluation_windows(
             self._read_text(name, "evaluation"),
             seqlen=min(window_tokens(self._source.config), options.eval_tokens),
@@ -294,9 +304,10 @@ def _choose_device(options: QuantizeOptions) -> torch.device:
     return torch.device("cuda" if options.device != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def _held_out(calib_dataset: str) -> str:
-    """Return the text to measure on: the other part of the calibration text, or for a file, which has none, ours."""
-    return calib_dataset if calib_dataset in DATA_SETS else BUILTIN
+def _compute_dtype(device: torch.device) -> torch.dtype:
+    """Return what layers are computed in: bfloat16, whose products are ten times as fast on a CPU with tiles (AMX)."""
+    has_fast_bfloat16 = device.type == "cuda" or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if has_fast_bfloat16 else torch.float32
 
 
 def _weight_bytes(folder: Path) -> int:

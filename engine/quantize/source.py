@@ -1,4 +1,4 @@
-"""The 16-bit checkpoint that is quantized, a layer at a time. Owns the way from names on disk to a `Layer`."""
+"""The 16-bit checkpoint that is quantized, a layer at a time. Owns the way from names on disk to a layer."""
 
 import hashlib
 from pathlib import Path
@@ -8,8 +8,8 @@ import torch
 from ..api import ConfigError
 from ..checkpoint import Checkpoint
 from ..model_config import ModelConfig
-from .architectures import LINEAR_KEYS, LinearKey, LinearPlan, layer_prefix, linear_plans, norm_names
-from .layer import Layer, Weight
+from .architectures import LinearKey, LinearPlan, layer_prefix, linear_plans, norm_names
+from .layer import LayerWeights, Weight
 
 
 class SourceModel:
@@ -37,18 +37,13 @@ class SourceModel:
         config = (self.folder / "config.json").read_bytes()
         return hashlib.sha256(config + repr(stats).encode()).hexdigest()
 
-    def layer(self, index: int, *, dtype: torch.dtype, device: torch.device) -> tuple[Layer, dict[LinearKey, Weight]]:
-        """Return a layer that computes in `dtype`, and its linears in the type that they are stored in."""
+    def layer(self, index: int, device: torch.device) -> LayerWeights:
+        """Return a layer as it is stored, rows of linears in the order of `LinearPlan`."""
         norms = {
             name: self._vector(f"{layer_prefix(index)}{on_disk}.weight", device)
             for name, on_disk in norm_names(self.config).items()
         }
-        stored = {key: self._linear(index, self.plans[key], device) for key in LINEAR_KEYS}
-        computed = {
-            key: Weight(weight.weight.to(dtype), None if weight.bias is None else weight.bias.to(dtype))
-            for key, weight in stored.items()
-        }
-        return Layer(self.config, {name: norm.to(dtype) for name, norm in norms.items()}, computed), stored
+        return LayerWeights(norms, {key: self._linear(index, plan, device) for key, plan in self.plans.items()})
 
     def embedding(self) -> torch.Tensor:
         """Return the embedding as it is stored, [vocab_size, hidden_size], on the CPU."""

@@ -109,7 +109,8 @@ def check_space(output: Path, source: SourceModel, rounding: Rounding) -> None:
     """Raise ConfigError when the disk has no room for the finished layers and the checkpoint that they become."""
     layers, outer = output_bytes(source, rounding)
     needed = 2 * layers + outer + _SPARE_BYTES
-    free = shutil.disk_usage(output).free
+    existing = next(folder for folder in (output.absolute(), *output.absolute().parents) if folder.exists())
+    free = shutil.disk_usage(existing).free
     if free < needed:
         raise ConfigError(
             f"{output} has {free / 1e9:.2f} GB free and quantizing {source.folder.name} takes up to "
