@@ -23,6 +23,7 @@ from lmdserve.engine.api import FinishReason, Request, SamplingParams
 from lmdserve.server.text import Tokenizer
 from lmdserve.tools.constraint import ReplyRules, TokenSets
 from lmdserve.tools.grammar import Grammar, GrammarCompiler, GrammarError, Vocabulary, json_schema_source
+from lmdserve.tools.json_schema import with_known_draft
 from lmdserve.tools.validation import problem_of
 
 MAX_TOKENS = 1500
@@ -99,7 +100,7 @@ class Bench:
         counts: Counter[str] = Counter()
         reasons: Counter[str] = Counter()
         for path in files:
-            schema = json.loads(path.read_text("utf-8-sig"))
+            schema = with_known_draft(json.loads(path.read_text("utf-8-sig")))
             grammar = self._compile(schema, counts, reasons)
             for _ in range(num_documents if grammar is not None else 0):
                 self._judge(path.stem, grammar, schema, counts)

@@ -15,6 +15,7 @@ from lmdserve.tools.grammar import (
     lark_source,
     regex_source,
 )
+from lmdserve.tools.json_schema import with_known_draft
 
 from .errors import BadRequestError, UnsupportedFieldError
 
@@ -94,7 +95,8 @@ def _from_structured_outputs(param: str, value: Mapping[str, Any]) -> OutputForm
 def _json(param: str, schema: Any, *, must_be_strict: bool = False) -> OutputFormat:
     if not isinstance(schema, Mapping | bool):
         raise BadRequestError(f"{param} must be a JSON Schema object", param=param)
-    return OutputFormat(param, lambda: json_schema_source(schema, must_be_strict=must_be_strict), schema)
+    proper = with_known_draft(schema) if isinstance(schema, Mapping) else schema
+    return OutputFormat(param, lambda: json_schema_source(proper, must_be_strict=must_be_strict), proper)
 
 
 def _json_or_text(param: str, schema: Any) -> OutputFormat:

@@ -172,7 +172,7 @@ class OutputRules:
         problem = await self._checker.problem(schema, None)
         if problem is not None:
             raise BadRequestError(
-                f"{param}: no grammar enforces all of the schema, and what is left cannot be checked: {problem}",
+                f"{param}: no grammar enforces all of the schema, and {problem}",
                 param=param,
             )
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from .call_syntax import CallSyntax
 from .code_call import CODE_TOOL_NAME
-from .grammar import GrammarError, GrammarSource, lark_text, schema_terms
+from .grammar import GrammarError, GrammarSource, lark_text, schema_term
 from .json_call import CALL_KEYS
 
 _PLAIN_NAME = re.compile(r"[\w.-]+")
@@ -65,31 +65,32 @@ class CallGrammar:
             rules.append(f"code: {self._literal(syntax.before_code or '')} CODE {self._literal(syntax.after_code)}\n")
         if has_code:
             rules.append("CODE: /[^\\s{\\[`](?s:.*)/ | /```python\\n[^\\s`][^`]*\\n```/\n")
-        calls = [self._call(index, function) for index, function in enumerate(self._functions())]
-        strict = "".join([*rules, *(call[0] for call in calls)])
-        lenient = "".join([*rules, *(call[1] for call in calls)])
-        return GrammarSource(strict, None if lenient == strict else lenient)
+        functions = self._functions()
+
+        def text(leniency: int) -> str:
+            return "".join(
+                [*rules, *(self._call(index, function, leniency) for index, function in enumerate(functions))]
+            )
+
+        has_lenient = any(function.get("strict") is not True for function in functions)
+        return GrammarSource(text(0), text if has_lenient else None)
 
     def _functions(self) -> list[Mapping[str, Any]]:
         return [tool["function"] for tool in self.tools if tool["type"] != CODE_TOOL_NAME]
 
-    def _call(self, index: int, function: Mapping[str, Any]) -> tuple[str, str]:
+    def _call(self, index: int, function: Mapping[str, Any], leniency: int) -> str:
         syntax, name = self.syntax, function["name"]
         if not syntax.quotes_name and not _PLAIN_NAME.fullmatch(name):
             raise GrammarError(
                 f"the name {name[:80]!r} cannot be written in this model's calls; use letters, digits, _"
             )
         shown = json.dumps(name, ensure_ascii=False) if syntax.quotes_name else name
-        strict, lenient = schema_terms(function["parameters"], must_be_strict=function.get("strict") is True)
+        schema = schema_term(function["parameters"], leniency=0 if function.get("strict") is True else leniency)
         before = self._literal(syntax.before_name + shown + syntax.after_name)
         after = self._literal(syntax.after_arguments)
         if syntax.may_have_id:
             after = f'({lark_text(", ")} "\\"id\\": \\"" /[a-zA-Z0-9]{{9}}/ "\\"")? {after}'
-
-        def rule(schema: str) -> str:
-            return f"call_{index}: {before} arguments_{index} {after}\narguments_{index}: {schema}\n"
-
-        return rule(strict), rule(lenient or strict)
+        return f"call_{index}: {before} arguments_{index} {after}\narguments_{index}: {schema}\n"
 
     def _literal(self, text: str) -> str:
         """Return a text as Lark's, with its control tokens as tokens."""
@@ -103,13 +104,13 @@ class CallGrammar:
 def either(answer: GrammarSource, calls: GrammarSource) -> GrammarSource:
     """Return the source of a reply that is an answer or calls; both sources are in Lark's notation."""
 
-    def joined(answer_text: str, calls_text: str) -> str:
-        parts = {"reply": "start: @answer | @calls\n", "answer": answer_text, "calls": calls_text}
-        return json.dumps({"grammars": [{"name": name, "lark_grammar": text} for name, text in parts.items()]})
+    def text(leniency: int) -> str:
+        parts = {"reply": "start: @answer | @calls\n"}
+        for name, source in (("answer", answer), ("calls", calls)):
+            parts[name] = source.relaxed(leniency) if leniency and source.relaxed else source.text
+        return json.dumps({"grammars": [{"name": name, "lark_grammar": part} for name, part in parts.items()]})
 
-    strict = joined(answer.text, calls.text)
-    lenient = joined(answer.lenient_text or answer.text, calls.lenient_text or calls.text)
-    return GrammarSource(strict, None if lenient == strict else lenient)
+    return GrammarSource(text(0), text if answer.relaxed or calls.relaxed else None)
 
 
 def is_never_a_call(schema: Any) -> bool:

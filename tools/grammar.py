@@ -1,7 +1,7 @@
 """Compiles what a reply must look like (a JSON schema, a regex, a Lark grammar, a choice) into a grammar over tokens.
 
 Owns the limits that keep any input's cost bounded, and the rule for what cannot be enforced: the strict grammar comes
-first; where a keyword has none, the lenient grammar leaves that keyword out and says so, or is refused. llguidance does
+first; where a keyword has none, lenient ones that leave it out follow, and say so, or it is refused. llguidance does
 the work, and is imported when the first grammar is compiled. Where a grammar begins and ends within a reply belongs to
 `constraint.py`.
 """
@@ -12,8 +12,11 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
+
+from .relaxed_schema import NUM_STEPS as NUM_LENIENCIES
+from .relaxed_schema import relaxed
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
@@ -38,7 +41,14 @@ _WHITESPACE = r"[\x20\x0A\x0D\x09]{1,40}"
 _JSON_OPTIONS: Mapping[str, Any] = {"whitespace_pattern": _WHITESPACE, "lenient": False, "coerce_one_of": False}
 _LENIENT_OPTIONS: Mapping[str, Any] = {**_JSON_OPTIONS, "lenient": True, "coerce_one_of": True}
 _UNIMPLEMENTED = re.compile(r"Unimplemented keys: (\[[^\]]*\])")
-_SIGNS_OF = {"Unknown format: ": "format", "oneOf constraints are not supported": "oneOf"}  # in llguidance's messages
+_SIGNS_OF = {  # in llguidance's messages
+    "Unknown format: ": "format",
+    "oneOf constraints are not supported": "oneOf",
+    "lookarounds not supported": "pattern",
+    "patternProperty regexes": "patternProperties",
+    "circular references with sibling keys": "$ref",
+    "min/maxProperties only supported": "minProperties and maxProperties",
+}
 _ERROR_NOISE = re.compile(
     r"^at \d+\(\d+\): |failed to compile JSON schema: |\s*<(?:state|non-verbose/)>.*|\s+\d+ \| .*", re.DOTALL
 )
@@ -62,12 +72,16 @@ class GrammarError(ValueError):
 class GrammarSource:
     """What to compile. Sources that are equal compile to the same grammar.
 
-    `text` is in Lark's notation; `lenient_text` is the same with the schemas' unenforceable keywords left out, None
-    where every keyword has to be enforced.
+    `text` is in Lark's notation; `relaxed` returns the same with keywords left out, the more the higher its argument,
+    from 1 to NUM_LENIENCIES. None: every keyword has to be enforced.
     """
 
     text: str
-    lenient_text: str | None = None
+    relaxed: Callable[[int], str] | None = field(default=None, compare=False)
+    may_be_lenient: bool = field(default=False, init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "may_be_lenient", self.relaxed is not None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,10 +166,21 @@ class GrammarCompiler:
         try:
             return Grammar(self._matcher(source.text))
         except GrammarError as error:
-            if not error.keywords or source.lenient_text is None:
+            if not error.keywords or source.relaxed is None:
                 raise
-            keywords = error.keywords
-        matcher = self._matcher(source.lenient_text)
+            return self._compile_lenient(source.relaxed, {*error.keywords})
+
+    def _compile_lenient(self, relaxed: Callable[[int], str], keywords: set[str]) -> Grammar:
+        for leniency in range(1, NUM_LENIENCIES):
+            try:
+                matcher = self._matcher(relaxed(leniency))
+                break
+            except GrammarError as error:
+                if not error.keywords:
+                    raise
+                keywords |= {*error.keywords}
+        else:
+            matcher = self._matcher(relaxed(NUM_LENIENCIES))
         return Grammar(matcher, tuple(sorted({*keywords, *_left_out(matcher.get_grammar_warnings())})))
 
     def _matcher(self, text: str) -> "LLMatcher":
@@ -181,11 +206,15 @@ class GrammarCompiler:
 
 def json_schema_source(schema: Any, *, must_be_strict: bool) -> GrammarSource:
     """Return the source of a JSON value that obeys a schema; raise GrammarError for one that is nested too deeply."""
-    return GrammarSource(*(f"start: {text}\n" for text in schema_terms(schema, must_be_strict=must_be_strict) if text))
+
+    def text(leniency: int) -> str:
+        return f"start: {schema_term(schema, leniency=leniency)}\n"
+
+    return GrammarSource(text(0), None if must_be_strict else text)
 
 
-def schema_terms(schema: Any, *, must_be_strict: bool) -> tuple[str, str | None]:
-    """Return what stands for a schema's values in a Lark rule, strict and lenient."""
+def schema_term(schema: Any, *, leniency: int) -> str:
+    """Return what stands for a schema's values in a Lark rule; raise GrammarError for what is no schema."""
     if schema is False:
         raise GrammarError("the schema is false, which no value obeys")
     if schema is not True and not isinstance(schema, Mapping):
@@ -193,9 +222,10 @@ def schema_terms(schema: Any, *, must_be_strict: bool) -> tuple[str, str | None]
     proper = dict(schema) if isinstance(schema, Mapping) else {}
     if _is_deeper_than(proper, MAX_NESTING):
         raise GrammarError(f"the schema is nested deeper than {MAX_NESTING} levels; flatten it")
-    strict = json.dumps({**proper, "x-guidance": _JSON_OPTIONS}, ensure_ascii=True)
-    lenient = json.dumps({**proper, "x-guidance": _LENIENT_OPTIONS}, ensure_ascii=True)
-    return f"%json {strict}", None if must_be_strict else f"%json {lenient}"
+    if leniency:
+        proper = relaxed(proper, leniency)
+    options = _LENIENT_OPTIONS if leniency else _JSON_OPTIONS
+    return f"%json {json.dumps({**proper, 'x-guidance': options}, ensure_ascii=True)}"
 
 
 def regex_source(pattern: str) -> GrammarSource:

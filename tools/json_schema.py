@@ -28,12 +28,12 @@ _STRING_FORMATS = frozenset(
 )
 _STRING_FORMAT_NAMES = {"datetime": "date-time", "url": "uri", **{name: name for name in _STRING_FORMATS}}
 
-_SUBSCHEMA_KEYWORDS = frozenset(
+SUBSCHEMA_KEYWORDS = frozenset(
     {"items", "additionalItems", "contains", "additionalProperties", "unevaluatedItems", "unevaluatedProperties"}
     | {"propertyNames", "not", "if", "then", "else", "contentSchema"}
 )
-_SUBSCHEMA_LIST_KEYWORDS = frozenset({"anyOf", "oneOf", "allOf", "prefixItems"})
-_SUBSCHEMA_MAP_KEYWORDS = frozenset({"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"})
+SUBSCHEMA_LIST_KEYWORDS = frozenset({"anyOf", "oneOf", "allOf", "prefixItems"})
+SUBSCHEMA_MAP_KEYWORDS = frozenset({"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"})
 _STRING_KEYWORDS = frozenset(
     {"$ref", "$dynamicRef", "$anchor", "$dynamicAnchor", "$id", "$comment", "title", "description", "format"}
     | {"pattern", "contentEncoding", "contentMediaType"}
@@ -47,6 +47,15 @@ _LIST_KEYWORDS = frozenset({"enum", "examples"})
 _NULL_IS_A_VALUE = frozenset({"default", "const"})
 _NOT_KEPT = frozenset({"nullable", "$schema"})  # OpenAPI's, read below; and the name of a draft that is ours now
 _MAX_TYPE_NAME = 100  # characters: bounds the recursion into `list[list[...]]`
+
+
+_DRAFTS = {
+    "draft-04": "http://json-schema.org/draft-04/schema#",
+    "draft-06": "http://json-schema.org/draft-06/schema#",
+    "draft-07": "http://json-schema.org/draft-07/schema#",
+    "2019-09": "https://json-schema.org/draft/2019-09/schema",
+    "2020-12": "https://json-schema.org/draft/2020-12/schema",
+}
 
 
 class SchemaError(ValueError):
@@ -74,6 +83,14 @@ def normalize_schema(schema: object, path: str) -> JsonObject | bool:
     if not all(isinstance(keyword, str) for keyword in schema):
         raise SchemaError(path, "must have strings as keys")
     return _normalize_object(schema, path)
+
+
+def with_known_draft(schema: Mapping[str, Any]) -> JsonObject:
+    """Return the schema under the proper name of its draft; an unknown name is left out, as it means the newest."""
+    name = schema.get("$schema")
+    draft = next((uri for sign, uri in _DRAFTS.items() if isinstance(name, str) and sign in name), None)
+    others = {keyword: value for keyword, value in schema.items() if keyword != "$schema"}
+    return others if draft is None else {"$schema": draft, **others}
 
 
 def describe(value: object) -> str:
@@ -115,12 +132,12 @@ def _normalize_object(schema: Mapping[str, Any], path: str) -> JsonObject:
 def _normalize_keyword(keyword: str, value: Any, path: str) -> Any:
     if keyword == "items" and isinstance(value, list | tuple):
         return [normalize_schema(item, f"{path}[{index}]") for index, item in enumerate(value)]
-    if keyword in _SUBSCHEMA_KEYWORDS:
+    if keyword in SUBSCHEMA_KEYWORDS:
         return normalize_schema(value, path)
-    if keyword in _SUBSCHEMA_LIST_KEYWORDS:
+    if keyword in SUBSCHEMA_LIST_KEYWORDS:
         schemas = [value] if isinstance(value, Mapping) else _expect(list | tuple, "an array of schemas", value, path)
         return [normalize_schema(item, f"{path}[{index}]") for index, item in enumerate(schemas)]
-    if keyword in _SUBSCHEMA_MAP_KEYWORDS:
+    if keyword in SUBSCHEMA_MAP_KEYWORDS:
         schemas = _expect(Mapping, "an object of schemas", value, path)
         return {name: normalize_schema(item, f"{path}.{name}") for name, item in schemas.items()}
     if keyword in _SCALAR_CHECKS:
@@ -208,7 +225,7 @@ def _hoist_required(proper: JsonObject, properties: object) -> None:
 
 
 def _drop_empty(proper: JsonObject) -> None:
-    for keyword in _SUBSCHEMA_LIST_KEYWORDS:
+    for keyword in SUBSCHEMA_LIST_KEYWORDS:
         if proper.get(keyword) == []:
             del proper[keyword]
 

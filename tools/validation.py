@@ -3,7 +3,7 @@
 It reads one JSON object a line, `{"schema": text, "value": text or null}`, and answers each with a line
 `{"problem": text or null}`; with no value, the schema itself is checked. It is a process because a schema can make
 checking take exponential time, during which nothing else runs in a Python program: whoever started it kills it then.
-It reads no remote schema. Patterns run in linear time; those that need more (look-around) are problems of the schema.
+It reads no remote schema.
 """
 
 import json
@@ -40,9 +40,7 @@ def _validator(schema: str) -> "jsonschema_rs.Validator":
     import jsonschema_rs
 
     parsed: Any = json.loads(schema)
-    return jsonschema_rs.validator_for(
-        parsed, validate_formats=True, offline=True, pattern_options=jsonschema_rs.RegexOptions()
-    )
+    return jsonschema_rs.validator_for(parsed, validate_formats=True, offline=True)
 
 
 def _first_line(error: Exception) -> str:

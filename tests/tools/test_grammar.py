@@ -88,6 +88,9 @@ def test_equal_sources_are_compiled_once_and_old_ones_forgotten() -> None:
         ({"oneOf": [{"type": "string"}, {"minLength": 2}]}, ("oneOf",)),
         ({"type": "string", "format": "nonsense"}, ("format",)),
         ({"if": {"type": "string"}, "then": {"minLength": 3}}, ("if", "then")),
+        ({"type": "string", "pattern": "^(?!\\.)[a-z.]{2,9}$"}, ("pattern",)),
+        ({"patternProperties": {"a": {"type": "string"}, "b": {"type": "null"}}}, ("patternProperties",)),
+        ({"properties": {"a": True, "b": True}, "minProperties": 1}, ("minProperties and maxProperties",)),
     ],
 )
 def test_what_cannot_be_enforced_is_named(compiler: GrammarCompiler, schema: Any, keywords: tuple[str, ...]) -> None:
@@ -106,7 +109,7 @@ def test_a_schema_cannot_loosen_itself(compiler: GrammarCompiler) -> None:
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: json_schema_source({"type": "string", "pattern": "(?=a)"}, must_be_strict=False), "keyword pattern"),
+        (lambda: json_schema_source({"type": "string", "pattern": "(?=a)"}, must_be_strict=True), "keyword pattern"),
         (lambda: json_schema_source({"type": "integer", "minimum": 2, "maximum": 1}, must_be_strict=False), "minimum"),
         (lambda: json_schema_source({"$ref": "#"}, must_be_strict=False), "cannot be compiled"),
         (lambda: json_schema_source(False, must_be_strict=False), "no value obeys"),
