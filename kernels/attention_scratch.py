@@ -11,7 +11,7 @@ import triton.language as tl
 
 from .attention_heads import unpack_scales
 from .attention_workspace import AttentionWorkspace
-from .launch import launch_options, release_next_kernel, wait_for_previous_kernel
+from .launch import launch, release_next_kernel, wait_for_previous_kernel
 
 _NUM_WARPS = 4
 
@@ -113,7 +113,10 @@ def dequantize_contexts(
     _, num_cache_blocks, num_kv_heads, block_size, _ = kv_data.shape
     shape = (2, num_blocks, num_kv_heads, block_size, head_dim)
     scratch = workspace.scratch.view(dtype)[: 2 * num_blocks * num_kv_heads * block_size * head_dim].view(shape)
-    _dequantize_kernel[(num_kv_heads, num_blocks, 2)](
+    launch(
+        _dequantize_kernel,
+        (num_kv_heads, num_blocks, 2),
+        kv_data.device,
         kv_data.view(torch.int32),
         kv_scales.view(torch.int32),
         block_tables,
@@ -130,6 +133,5 @@ def dequantize_contexts(
         BITS=bits,
         SEQUENCES=max(16, triton.next_power_of_2(context_lens.shape[0])),
         num_warps=_NUM_WARPS,
-        **launch_options(kv_data.device),
     )
     return scratch

@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import is_interpreted, launch_options, release_next_kernel, wait_for_previous_kernel
+from .launch import is_interpreted, launch, release_next_kernel, wait_for_previous_kernel
 
 # Few outputs a program, so that a single row still occupies the processors: 4096 outputs make 128 programs.
 _BLOCK_N = 32
@@ -95,7 +95,10 @@ def _launch(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, bias: torc
         raise ValueError("the columns of x, weight and out have to be adjacent in memory")
     if num_rows == 0:
         return
-    _dense_kernel[(triton.cdiv(num_rows, _BLOCK_M) * triton.cdiv(out_features, _BLOCK_N),)](
+    launch(
+        _dense_kernel,
+        (triton.cdiv(num_rows, _BLOCK_M) * triton.cdiv(out_features, _BLOCK_N),),
+        x.device,
         x,
         weight,
         out,
@@ -115,5 +118,4 @@ def _launch(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, bias: torc
         INTERPRETED=is_interpreted(),
         num_warps=_NUM_WARPS,
         num_stages=_NUM_STAGES,
-        **launch_options(x.device),
     )

@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import launch_options, release_next_kernel, wait_for_previous_kernel
+from .launch import launch, release_next_kernel, wait_for_previous_kernel
 
 _BLOCK = 1024  # a row of 4096 is shared by 4 programs, so that one row alone is not one program's serial work
 
@@ -57,7 +57,10 @@ def embed(
         raise ValueError("embed needs a contiguous table and rows of out whose columns are adjacent")
     if num_rows == 0:
         return
-    _embed_kernel[(num_rows, triton.cdiv(num_columns, _BLOCK))](
+    launch(
+        _embed_kernel,
+        (num_rows, triton.cdiv(num_columns, _BLOCK)),
+        out.device,
         table,
         token_ids,
         last_token_ids,
@@ -68,5 +71,4 @@ def embed(
         out.stride(0),
         BLOCK=_BLOCK,
         num_warps=4,
-        **launch_options(out.device),
     )

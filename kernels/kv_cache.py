@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from .attention_heads import load_rotated, store_rows
-from .launch import launch_options, release_next_kernel, wait_for_previous_kernel
+from .launch import launch, release_next_kernel, wait_for_previous_kernel
 
 _TILE_TOKENS = 8
 _NUM_WARPS = 4
@@ -146,7 +146,10 @@ def append_kv(
         return
     data, scales = kv_words(kv_data, kv_scales)
     group = num_heads // num_kv_heads
-    _append_kernel[(num_kv_heads, triton.cdiv(num_tokens, _TILE_TOKENS))](
+    launch(
+        _append_kernel,
+        (num_kv_heads, triton.cdiv(num_tokens, _TILE_TOKENS)),
+        qkv.device,
         qkv,
         cosines,
         sines,
@@ -172,5 +175,4 @@ def append_kv(
         TOKENS=_TILE_TOKENS,
         HAS_NORM=q_norm is not None,
         num_warps=_NUM_WARPS,
-        **launch_options(qkv.device),
     )

@@ -1,4 +1,4 @@
-"""What every Triton launcher needs to know of where it runs: programmatic dependent launch, and the interpreter.
+"""What every Triton launcher needs: a launch that is quick on the host, programmatic dependent launch, the interpreter.
 
 Owns no kernel. With programmatic dependent launch (Hopper and later) a kernel may start while the one before it in the
 stream still runs. A kernel launched so waits before it touches anything an earlier kernel wrote, and lets the next one
@@ -16,7 +16,12 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from triton.compiler import CompiledKernel
 from triton.runtime.jit import KernelInterface
+
+# Compiled kernels with the values of their constexpr parameters, by all that Triton compiles another kernel for.
+_ready: dict[tuple[Any, ...], tuple[CompiledKernel, tuple[Any, ...]]] = {}
+_this_thread = threading.local()
 
 
 @cache
@@ -37,6 +42,40 @@ def launch_options(device: torch.device) -> dict[str, Any]:
     return {"PDL": False}
 
 
+def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *arguments: Any, **options: Any) -> None:
+    """Do `kernel[grid](*arguments, **options)` with the device's launch options, in a fraction of the time on the host.
+
+    arguments: all parameters that are no constexpr, in order; options: constexprs by name, and the compiler's. Triton
+    binds and inspects them anew for every launch; here what it found is kept by everything it looks at: types, whether
+    pointers and integers are multiples of 16, whether integers are one.
+    """
+    key = (kernel, device, *options.items(), *map(_kind, arguments))
+    ready = None if _is_compiling_ahead() else _ready.get(key)
+    if ready is not None:
+        compiled, constants = ready
+        compiled[*grid, 1, 1](*arguments, *constants)
+        return
+    options |= launch_options(device)
+    launched = kernel[grid](*arguments, **options)
+    if isinstance(launched, CompiledKernel):
+        _ready[key] = launched, tuple(options[name] for name in kernel.arg_names[len(arguments) :])
+
+
+def _kind(argument: Any) -> Any:
+    """Return what Triton compiles another kernel for."""
+    if isinstance(argument, torch.Tensor):
+        return argument.dtype, argument.data_ptr() % 16 == 0
+    if isinstance(argument, int):
+        return argument == 1, argument % 16 == 0, -(2**31) <= argument < 2**31
+    if isinstance(argument, float):
+        return float
+    return argument.base.dtype, *argument.block_shape, argument.layout  # a TensorDescriptor
+
+
+def _is_compiling_ahead() -> bool:
+    return getattr(_this_thread, "is_compiling_ahead", False)
+
+
 @contextmanager
 def compile_ahead(num_threads: int) -> Iterator[None]:
     """Within, a launch compiles its kernel, `num_threads` kernels at once, and runs nothing; at the end all are ready.
@@ -44,20 +83,20 @@ def compile_ahead(num_threads: int) -> Iterator[None]:
     Everything but Triton's launches happens as always. Other threads launch as always too: a model may be loaded beside
     one that computes. One thread at a time may be within.
     """
-    launch, compiling_thread = KernelInterface.__getitem__, threading.get_ident()
+    start = KernelInterface.__getitem__
 
     def compile_only(kernel: Any, grid: Any) -> Any:
-        if threading.get_ident() != compiling_thread:
-            return launch(kernel, grid)
-        return partial(kernel.run, grid=grid, warmup=True)
+        return partial(kernel.run, grid=grid, warmup=True) if _is_compiling_ahead() else start(kernel, grid)
 
     with ThreadPoolExecutor(num_threads, thread_name_prefix="lmdserve-compile") as executor:
         KernelInterface.__getitem__ = compile_only
+        _this_thread.is_compiling_ahead = True
         try:
             with triton.AsyncCompileMode(executor):
                 yield
         finally:
-            KernelInterface.__getitem__ = launch
+            _this_thread.is_compiling_ahead = False
+            KernelInterface.__getitem__ = start
 
 
 @triton.jit

@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import launch_options, release_next_kernel, wait_for_previous_kernel
+from .launch import launch, release_next_kernel, wait_for_previous_kernel
 
 _NUM_WARPS = 8
 # Programs that share a row, and how many programs are enough: past one a processor they only read the row again. On an
@@ -103,7 +103,10 @@ def rms_norm(
     while num_parts > 1 and num_parts * num_rows > _ENOUGH_PROGRAMS:
         num_parts //= 2
     part_columns = triton.cdiv(num_columns, num_parts)
-    _rms_norm_kernel[(num_rows, num_parts)](
+    launch(
+        _rms_norm_kernel,
+        (num_rows, num_parts),
+        x.device,
         x,
         weight,
         out,
@@ -121,5 +124,4 @@ def rms_norm(
         PART_BLOCK=triton.next_power_of_2(part_columns),
         ZERO_BLOCK=_ZERO_BLOCK,
         num_warps=_NUM_WARPS,
-        **launch_options(x.device),
     )

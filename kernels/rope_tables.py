@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import launch_options, release_next_kernel, wait_for_previous_kernel
+from .launch import launch, release_next_kernel, wait_for_previous_kernel
 
 _BLOCK = 128
 _QUARTER_TURNS = tl.constexpr(0.63661977236758134308)  # 2 / pi: quarter turns a radian
@@ -87,7 +87,10 @@ def rope_tables(
         raise ValueError("rope_tables needs contiguous frequencies, cosines and sines")
     if cosines.numel() == 0:
         return
-    _rope_tables_kernel[(triton.cdiv(cosines.numel(), _BLOCK),)](
+    launch(
+        _rope_tables_kernel,
+        (triton.cdiv(cosines.numel(), _BLOCK),),
+        cosines.device,
         positions,
         frequencies,
         positions if table_rows is None else table_rows,
@@ -98,5 +101,4 @@ def rope_tables(
         HAS_TABLE_ROWS=table_rows is not None,
         BLOCK=_BLOCK,
         num_warps=4,
-        **launch_options(cosines.device),
     )

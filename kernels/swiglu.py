@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import launch_options, release_next_kernel, wait_for_previous_kernel
+from .launch import launch, release_next_kernel, wait_for_previous_kernel
 
 _BLOCK = 1024
 
@@ -45,7 +45,10 @@ def swiglu(gate_up: torch.Tensor, out: torch.Tensor) -> None:
         )
     if num_rows == 0:
         return
-    _swiglu_kernel[(num_rows, triton.cdiv(num_columns, _BLOCK))](
+    launch(
+        _swiglu_kernel,
+        (num_rows, triton.cdiv(num_columns, _BLOCK)),
+        out.device,
         gate_up,
         out,
         num_columns,
@@ -53,5 +56,4 @@ def swiglu(gate_up: torch.Tensor, out: torch.Tensor) -> None:
         out.stride(0),
         BLOCK=_BLOCK,
         num_warps=4,
-        **launch_options(out.device),
     )

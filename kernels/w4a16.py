@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import is_interpreted, launch_options, release_next_kernel, wait_for_previous_kernel
+from .launch import is_interpreted, launch, release_next_kernel, wait_for_previous_kernel
 from .w4a16_dequantize import add_dequantized, store_dequantized, swiglu_dequantized
 from .w4a16_hopper import launch_hopper
 from .w4a16_plan import DEQUANTIZE, HopperTile, Operation, Tile, bucket_of, choose_tile, deterministic_tile
@@ -305,7 +305,10 @@ def launch_tile(
             triton.cdiv(weight.out_features, tile.block_n) * triton.cdiv(stop - start, tile.block_m),
             tile.num_splits,
         )
-        _w4a16_kernel[grid](
+        launch(
+            _w4a16_kernel,
+            grid,
+            x.device,
             x[start:stop] if rows_at_once < num_rows else x,
             weight.records,
             out[start:stop] if rows_at_once < num_rows else out,
@@ -333,5 +336,4 @@ def launch_tile(
             INTERPRETED=interpreted,
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
-            **launch_options(x.device),
         )

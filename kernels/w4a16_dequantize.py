@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import is_interpreted, launch_options, release_next_kernel, wait_for_previous_kernel
+from .launch import is_interpreted, launch, release_next_kernel, wait_for_previous_kernel
 from .swiglu import swiglu
 from .w4a16_tiles import RECORD_INPUTS, RECORD_ROWS, PackedWeight, unpack_tile
 from .w4a16_workspace import Workspace
@@ -67,7 +67,10 @@ def dequantize(weight: PackedWeight, first_row: int, out: torch.Tensor) -> None:
     """
     num_rows = out.shape[0]
     num_blocks = weight.in_features // RECORD_INPUTS
-    _dequantize_kernel[(triton.cdiv(num_rows, RECORD_ROWS), triton.cdiv(num_blocks, _BLOCKS_PER_PROGRAM))](
+    launch(
+        _dequantize_kernel,
+        (triton.cdiv(num_rows, RECORD_ROWS), triton.cdiv(num_blocks, _BLOCKS_PER_PROGRAM)),
+        out.device,
         weight.records[first_row // RECORD_ROWS :],
         out,
         num_blocks,
@@ -79,7 +82,6 @@ def dequantize(weight: PackedWeight, first_row: int, out: torch.Tensor) -> None:
         BLOCKS=_BLOCKS_PER_PROGRAM,
         INTERPRETED=is_interpreted(),
         num_warps=_NUM_WARPS,
-        **launch_options(out.device),
     )
 
 

@@ -13,7 +13,7 @@ from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from .launch import launch_options
+from .launch import launch
 from .w4a16_plan import HopperTile, Operation
 from .w4a16_tiles import (
     BF16_ASM,
@@ -352,7 +352,10 @@ def launch_hopper(
         triton.cdiv(weight.out_features, RECORD_ROWS * tile.num_groups) * triton.cdiv(x.shape[0], tile.block_m),
         tile.num_splits,
     )
-    _hopper_kernel[grid](
+    launch(
+        _hopper_kernel,
+        grid,
+        x.device,
         rows,
         words,
         scales,
@@ -374,7 +377,6 @@ def launch_hopper(
         GROUP_REGISTERS=group_registers,
         num_warps=4,
         maxnreg=registers,
-        **launch_options(x.device),
     )
 
 
