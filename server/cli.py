@@ -33,6 +33,7 @@ usage: lmdserve [serve] [--model M] [options]   serve a model over the OpenAI AP
        lmdserve plan [M] [options]              print what fits into memory; loads nothing
        lmdserve bench [URL] [options]           measure a running server
        lmdserve quantize M --work-dir OUT       make a 4-bit checkpoint (AWQ) and measure what it cost
+       lmdserve evaluate A --against B          measure a checkpoint, alone or against another
        lmdserve convert M OUT --to FORMAT       write a 4-bit checkpoint in another format, or as 16-bit weights
        lmdserve COMMAND --help | --version
 """
@@ -149,6 +150,13 @@ def quantize(arguments: Sequence[str]) -> int:
     return run(arguments)
 
 
+def evaluate(arguments: Sequence[str]) -> int:
+    """`lmdserve evaluate A [--against B]`: `server/evaluate_command.py`."""
+    from .evaluate_command import evaluate as run
+
+    return run(arguments)
+
+
 def convert(arguments: Sequence[str]) -> int:
     """`lmdserve convert M OUT --to FORMAT`: `server/convert_command.py`."""
     from .convert_command import convert as run
@@ -169,6 +177,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "plan": plan,
     "bench": bench,
     "quantize": quantize,
+    "evaluate": evaluate,
     "convert": convert,
     "lite": lite,
 }

@@ -28,6 +28,7 @@ MAY_BUILD_AN_ENGINE = {
     "server/job_worker.py",
     "server/quantize_command.py",
     "server/convert_command.py",
+    "server/evaluate_command.py",
 }
 # What all other files of server/ may know of the engine.
 ENGINE_CONTRACT = {"engine.api", "engine.config", "engine.quantize.options", "engine.quantize.report"}
