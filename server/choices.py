@@ -92,7 +92,7 @@ class ChoiceStream:
         self.queued_s: float | None = None  # known with the first chunk
         self._tokenizer = tokenizer
         self._decoder = IncrementalDecoder(tokenizer)
-        self._stops = StopStrings(plan.stops) if plan.stops else None
+        self._stops = StopStrings(plan.stops) if plan.stops else None  # looked for outside of calls
         self._parser = plan.make_parser()
         self._markers = plan.markers(tokenizer)
         self._num_calls = 0
@@ -190,6 +190,9 @@ class ChoiceStream:
         self._num_decoded_chars += len(piece)
         if self._stops is None or self.num_completion_tokens <= self.plan.request.sampling.min_tokens:
             self._show(piece, events)
+            return
+        if self._parser is not None and self._parser.in_call:  # a call is whole or none
+            self._show(self._stops.flush() + piece, events)
             return
         result = self._stops.feed(piece)
         self._show(result.text, events)

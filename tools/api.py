@@ -88,6 +88,10 @@ Event: TypeAlias = ContentDelta | ReasoningDelta | ToolCallStart | ToolCallArgum
 class ToolParser(Protocol):
     """The state of parsing one reply. Calls do not interleave: each ends or is aborted before the next one starts."""
 
+    @property
+    def in_call(self) -> bool:
+        """Whether text that comes next is part of a call, as far as is known."""
+
     def feed(self, piece: Piece) -> list[Event]:
         """Take the next piece and return what it settles; text that may still become part of a marker is held."""
 

@@ -76,6 +76,11 @@ class BlockParser(ABC):
     def _make_block(self, mark: Mark) -> CallBlock | None:
         """Return what reads the block that this mark opens, or None if another marker will tell."""
 
+    @property
+    def in_call(self) -> bool:
+        """Whether a block is open."""
+        return self._raw is not None
+
     def feed(self, piece: Piece) -> list[Event]:
         """Take the next piece and return what it settles."""
         self._events = []

@@ -66,6 +66,11 @@ class ReasoningParser:
         self._end_is_due = False  # a call ended the reasoning before its closing tag came
         self._events: list[Event] = []
 
+    @property
+    def in_call(self) -> bool:
+        """Whether the answer is in a call."""
+        return self._state is _State.ANSWER and self._answer_parser is not None and self._answer_parser.in_call
+
     def feed(self, piece: Piece) -> list[Event]:
         """Take the next piece and return what it settles."""
         self._events = []
