@@ -1,14 +1,19 @@
 """Measure guessing ahead (`--speculate ngram`): how many guesses are right, and what it gains or costs.
 
     python benchmarks/speculation.py --model demo --batch 1,4
+    python benchmarks/widened_model.py --out /tmp/demo-7b-awq       # the same text at a 7B model's cost, on a GPU
+    python benchmarks/speculation.py --model /tmp/demo-7b-awq --batch 1,4,8 --quant-policy 8
 
 Three kinds of text, each decoded without guesses and with them, in turns. The outputs are compared, which says
 something where steps are deterministic: in float32 on a CPU, and on a GPU with --deterministic.
     repetitive   greedy, after the request to repeat a sentence (the demo model copies it and gets into a loop)
     free         sampled at temperature 1 from the beginnings of stories, so that little repeats itself
     nonsense     as free, with a proposer that always guesses and is never right: the price of a step with guesses
-`tokens a step` is the mean over the steps of each sequence; `speed` is the median of the runs with guesses over the
-median of those without. All options of the server's engine are understood, such as --num-draft-tokens.
+`tokens a step` is the mean over the steps of each sequence. `tok/s of a stream` is the mean of all streams' own speeds:
+one that repeats itself ends early, and what it costs the others is theirs. `speed` is the median of the runs with
+guesses over the median of those without; `until all end` is the same for all tokens over the time until the last
+stream ends, which the one that repeats itself least decides. All options of the server's engine are understood, such as
+--num-draft-tokens.
 """
 
 import asyncio
@@ -39,8 +44,9 @@ from lmdserve.server.model import ServedModel, load_served_model  # noqa: E402
 from lmdserve.server.options import OptionParser, add_options, read_options  # noqa: E402
 
 HEADER = (
-    "| text | batch | guessed | right | tokens a step | tok/s without | tok/s with | speed | same output |\n"
-    "|---|---|---|---|---|---|---|---|---|"
+    "| text | batch | guessed | right | tokens a step | tok/s of a stream without | with | speed | until all end "
+    "| same output |\n"
+    "|---|---|---|---|---|---|---|---|---|---|"
 )
 SENTENCES = (
     "the quick brown fox jumps over the lazy dog.",
@@ -56,8 +62,9 @@ KINDS = ("repetitive", "free", "nonsense")
 class Run(NamedTuple):
     """One batch of answers."""
 
-    outputs: list[tuple[int, ...]]
-    tokens_per_s: float
+    outputs: Sequence[tuple[int, ...]]
+    stream_tokens_per_s: float  # mean of the streams
+    tokens_per_s: float  # of all streams, until the last one ends
     num_drafted: int
     num_accepted: int
 
@@ -118,7 +125,7 @@ async def measure(config: EngineConfig, batches: Sequence[int], output_len: int,
 async def run_batch(engine: AsyncEngine, model: ServedModel, kind: str, size: int, output_len: int) -> Run:
     """Generate `size` answers at once."""
 
-    async def one(index: int) -> tuple[int, ...]:
+    async def one(index: int) -> tuple[tuple[int, ...], float]:
         beginning = BEGINNINGS[index % len(BEGINNINGS)]
         sentence = SENTENCES[index % len(SENTENCES)]
         is_repetitive = kind == "repetitive"
@@ -129,14 +136,16 @@ async def run_batch(engine: AsyncEngine, model: ServedModel, kind: str, size: in
         temperature = 0.0 if is_repetitive else 1.0
         sampling = SamplingParams(temperature=temperature, seed=index, max_tokens=output_len, ignore_eos=True)
         request = Request(uid=f"{kind} {index}", prompt_token_ids=prompt, sampling=sampling)
-        return tuple([token_id async for chunk in engine.generate(request) for token_id in chunk.token_ids])
+        output = tuple([token_id async for chunk in engine.generate(request) for token_id in chunk.token_ids])
+        return output, time.perf_counter() - begun_s
 
     before, begun_s = engine.stats(), time.perf_counter()
-    outputs = await asyncio.gather(*(one(index) for index in range(size)))
-    took_s, after = time.perf_counter() - begun_s, engine.stats()
+    outputs, took_s = zip(*await asyncio.gather(*(one(index) for index in range(size))), strict=True)
+    after = engine.stats()
     return Run(
         outputs=outputs,
-        tokens_per_s=size * output_len / took_s,
+        stream_tokens_per_s=statistics.mean(output_len / seconds for seconds in took_s),
+        tokens_per_s=size * output_len / max(took_s),
         num_drafted=after.drafted_tokens_total - before.drafted_tokens_total,
         num_accepted=after.accepted_tokens_total - before.accepted_tokens_total,
     )
@@ -144,7 +153,8 @@ async def run_batch(engine: AsyncEngine, model: ServedModel, kind: str, size: in
 
 def row(kind: str, size: int, output_len: int, runs: dict[bool, list[Run]]) -> str:
     """Return what the runs without guesses (False) and with them (True) amount to."""
-    speeds = {key: statistics.median(run.tokens_per_s for run in runs[key]) for key in runs}
+    of_stream = {key: statistics.median(run.stream_tokens_per_s for run in runs[key]) for key in runs}
+    of_all = {key: statistics.median(run.tokens_per_s for run in runs[key]) for key in runs}
     last = runs[True][-1]
     share = f"{last.num_accepted / last.num_drafted:.0%}" if last.num_drafted else "-"
     same = sum(a == b for a, b in zip(runs[False][-1].outputs, last.outputs, strict=True))
@@ -152,7 +162,8 @@ def row(kind: str, size: int, output_len: int, runs: dict[bool, list[Run]]) -> s
     tokens_a_step = num_tokens / (num_tokens - last.num_accepted)
     return (
         f"| {kind} | {size} | {last.num_drafted} | {share} | {tokens_a_step:.2f} "
-        f"| {speeds[False]:.0f} | {speeds[True]:.0f} | {speeds[True] / speeds[False]:.2f} x | {same} of {size} |"
+        f"| {of_stream[False]:.0f} | {of_stream[True]:.0f} | {of_stream[True] / of_stream[False]:.2f} x "
+        f"| {of_all[True] / of_all[False]:.2f} x | {same} of {size} |"
     )
 
 
