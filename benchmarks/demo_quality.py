@@ -1,11 +1,12 @@
 """Score the demo model as served, at every width of weights and KV cache, and print one Markdown row for each.
 
     python benchmarks/demo_quality.py --cases 400
+    python benchmarks/demo_quality.py --cases 1000 --rows float32 --without-grammars
 
 The 4-bit weights are an AWQ checkpoint written here by rounding to nearest in groups of 128, without calibration; the
 8-bit head is a checkpoint whose head is rounded as `--lm-head-bits 8` rounds it on a GPU, computed in float32. Every
 row is a server process of its own, asked over HTTP by `demo/evaluate.py` for the same held-out cases; `--rows` picks
-some.
+some. `--without-grammars` serves a model whose calls nothing holds to their schemas, as no server would.
 """
 
 import argparse
@@ -30,6 +31,16 @@ DEMO = Path(lmdserve.__file__).parent / "demo" / "model"
 GROUP_SIZE = 128
 LINEAR = re.compile(r"\.(attention\.w\w+|feed_forward\.w\d)\.weight$")
 HEAD = "output.weight"
+_UNCONSTRAINED = """
+import sys
+from lmdserve.server import output_rules
+from lmdserve.server.cli import main
+async def plan_nothing(*arguments, **options):
+    return output_rules.OutputPlan()
+output_rules.OutputRules.plan = plan_nothing
+sys.exit(main())
+"""
+WITHOUT_GRAMMARS = ["-c", _UNCONSTRAINED]
 ROWS = [("float32", 0), ("float32", 8), ("float32", 4), ("8-bit head", 0), ("AWQ 4-bit", 0), ("AWQ 4-bit", 4)]
 
 
@@ -37,6 +48,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", default="400")
     parser.add_argument("--rows", default="float32,8-bit head,AWQ 4-bit")
+    parser.add_argument("--without-grammars", action="store_true")
     arguments = parser.parse_args()
     print(f"{datetime.date.today()}, lmdserve {lmdserve.__version__}, torch {torch.__version__}, CPU\n")
     print("| weights | KV bits | exact calls | calls |\n|---|---|---|---|", flush=True)
@@ -48,7 +60,8 @@ def main() -> int:
             if weights not in arguments.rows.split(","):
                 continue
             model = str(models[weights])
-            share, count = score(model, quant_policy, arguments.cases)
+            server = WITHOUT_GRAMMARS if arguments.without_grammars else ["-m", "lmdserve"]
+            share, count = score(server, model, quant_policy, arguments.cases)
             print(f"| {weights} | {quant_policy or 32} | {share} | {count} |", flush=True)
     return 0
 
@@ -99,22 +112,22 @@ def quantize(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
     }
 
 
-def score(model: str, quant_policy: int, cases: str) -> tuple[str, str]:
+def score(server: list[str], model: str, quant_policy: int, cases: str) -> tuple[str, str]:
     """Serve a model and return evaluate's share of exact calls and how many calls there were."""
-    command = [sys.executable, "-m", "lmdserve", "--model", model, "--server-port", "0"]
+    command = [sys.executable, *server, "--model", model, "--server-port", "0"]
     command += ["--quant-policy", str(quant_policy), "--log-level", "ERROR"]
-    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    watchdog = threading.Timer(300.0, server.kill)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    watchdog = threading.Timer(300.0, process.kill)
     watchdog.start()
     try:
-        assert server.stdout is not None
-        url = next(found.group() for line in server.stdout if (found := re.search(r"http://\S+?:\d+", line)))
+        assert process.stdout is not None
+        url = next(found.group() for line in process.stdout if (found := re.search(r"http://\S+?:\d+", line)))
         watchdog.cancel()
         command = [sys.executable, "-m", "lmdserve.demo.evaluate", url, "--cases", cases]
         report = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
     finally:
-        server.terminate()
-        server.wait()
+        process.terminate()
+        process.wait()
     found = re.search(r"^all calls \(exact\)\s+(\S+%)\s+\S+\s+(\d+)", report, re.MULTILINE)
     if found is None:
         raise SystemExit(f"the evaluation printed no score:\n{report}")

@@ -141,7 +141,16 @@ class Calculator:
 
     def call(self, operator: str, left: Number, right: Number) -> Call:
         first, second = self.operands[operator]
+        if isinstance(left, float) or isinstance(right, float):
+            self._take_fractions(self.names[operator])
         return Call(self.names[operator], {first: left, second: right})
+
+    def _take_fractions(self, name: str) -> None:
+        """Have a function's operands declared such that its calls obey its schema."""
+        for schema in self.schemas:
+            if schema["name"] == name:
+                for operand in schema["parameters"]["properties"].values():
+                    operand["type"] = "number"
 
 
 def _calculator(source: Source, language: Language, operators: str) -> Calculator:

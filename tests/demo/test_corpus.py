@@ -4,6 +4,7 @@ import json
 import re
 from itertools import pairwise
 
+import jsonschema
 import pytest
 
 from lmdserve.demo.corpus.arithmetic import Operation, arithmetic_dialogue, evaluate, steps, written
@@ -14,6 +15,7 @@ from lmdserve.demo.corpus.resources import lexicon
 from lmdserve.demo.corpus.source import Source, Split, split_of
 from lmdserve.demo.corpus.stories import tell
 from lmdserve.demo.corpus.toolbox import offer
+from lmdserve.tools.schema import normalize_tools
 
 NUM_DIALOGUES = 1500
 
@@ -181,3 +183,11 @@ def test_a_call_renders_as_internlm2_writes_it() -> None:
         '<s><|im_start|>system name=<|plugin|>\n[{"name": "f", "parameters": {"type": "object", "properties": {}}}]'
         "<|im_end|>\n<|im_start|>user\n问<|im_end|>\n<|im_start|>assistant\n答<|im_end|>\n"
     )
+
+
+def test_calls_obey_the_schemas_of_their_tools(train: list[Dialogue], held_out: list[Dialogue]) -> None:
+    """A grammar keeps an answer from being what is expected where that breaks the tool's own schema."""
+    for dialogue in [*train, *held_out]:
+        schemas = {tool["function"]["name"]: tool["function"]["parameters"] for tool in normalize_tools(dialogue.tools)}
+        for call in [call for turn in dialogue.turns for call in turn.calls]:
+            jsonschema.validate(call.arguments, schemas[call.name])
