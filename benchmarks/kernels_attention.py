@@ -7,12 +7,14 @@ model do; a time is the median of several replays over the launches of one. Floo
 of an H200) and flops over 790 TFLOP/s (its bfloat16 product).
 """
 
+import datetime
 import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import triton
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -107,18 +109,20 @@ def decode_launches(model: Model, num_rows: int, context_len: int, bits: int) ->
 
 
 def time_decode() -> None:
-    """Print a table of decode launches."""
-    print("decode: us (TB/s of KV, share of the floor)")
+    """Print a table of decode launches for each model."""
     for model in MODELS:
-        print(f"{model.name}: {model.num_heads} heads over {model.num_kv_heads}")
+        print(
+            f"\n{model.name}, {model.num_heads} heads over {model.num_kv_heads}, decoding: us, TB/s of KV, share of floor\n"
+        )
+        print("| rows x context | KV 16 bits | KV 8 bits | KV 4 bits |\n|---|---|---|---|")
         for num_rows, context_len in DECODE_SHAPES:
             cells = []
             for bits in (16, 8, 4):
                 launches, num_bytes = decode_launches(model, num_rows, context_len, bits)
                 time = time_us(launches)
                 rate = num_bytes / time * 1e6
-                cells.append(f"{bits:2d} bits {time:8.2f} ({rate / 1e12:4.2f}, {rate / _FLOOR_BYTES_PER_S:4.0%})")
-            print(f"  {num_rows:3d} x {context_len:6d}: " + "   ".join(cells), flush=True)
+                cells.append(f"{time:.1f} us, {rate / 1e12:.2f}, {rate / _FLOOR_BYTES_PER_S:.0%}")
+            print(f"| {num_rows} x {context_len} | " + " | ".join(cells) + " |", flush=True)
 
 
 def prefill_launch(model: Model, num_tokens: int, bits: int) -> Callable[[], None]:
@@ -153,23 +157,25 @@ def cudnn_launch(model: Model, num_tokens: int) -> Callable[[], None]:
 
 def time_prefill() -> None:
     """Print a table of prefill launches."""
-    print("prefill of one prompt: us (TFLOP/s, share of the floor)")
     model = MODELS[0]
+    print(f"\n{model.name}, one prompt of which nothing is cached: us, TFLOP/s, share of floor\n")
+    print("| tokens | KV 16 bits | KV 8 bits | KV 4 bits | cuDNN |\n|---|---|---|---|---|")
     for num_tokens in PREFILL_LENS:
         flops = 2 * model.num_heads * num_tokens**2 * model.head_dim  # half of 4 n^2 d: causal
-        launches = {f"{bits} bits": prefill_launch(model, num_tokens, bits) for bits in (16, 8, 4)}
-        launches["cuDNN"] = cudnn_launch(model, num_tokens)
+        launches = [*(prefill_launch(model, num_tokens, bits) for bits in (16, 8, 4)), cudnn_launch(model, num_tokens)]
         cells = []
-        for name, launch in launches.items():
+        for launch in launches:
             time = time_us([launch] * (2 if num_tokens > 8192 else 6))
             rate = flops / time * 1e6
-            cells.append(f"{name} {time:8.1f} ({rate / 1e12:4.0f}, {rate / _FLOOR_FLOPS_PER_S:4.0%})")
-        print(f"  {num_tokens:6d}: " + "   ".join(cells), flush=True)
+            cells.append(f"{time:.1f} us, {rate / 1e12:.0f}, {rate / _FLOOR_FLOPS_PER_S:.0%}")
+        print(f"| {num_tokens} | " + " | ".join(cells) + " |", flush=True)
 
 
 def main() -> None:
     """Print the tables asked for; both without arguments."""
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
+    print(
+        f"{datetime.date.today()}, torch {torch.__version__}, triton {triton.__version__}, {torch.cuda.get_device_name()}"
+    )
     wanted = sys.argv[1:] or ["decode", "prefill"]
     if "decode" in wanted:
         time_decode()
