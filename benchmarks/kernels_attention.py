@@ -111,9 +111,8 @@ def decode_launches(model: Model, num_rows: int, context_len: int, bits: int) ->
 def time_decode() -> None:
     """Print a table of decode launches for each model."""
     for model in MODELS:
-        print(
-            f"\n{model.name}, {model.num_heads} heads over {model.num_kv_heads}, decoding: us, TB/s of KV, share of floor\n"
-        )
+        heads = f"{model.num_heads} heads over {model.num_kv_heads}"
+        print(f"\n{model.name}, {heads}, decoding: us, TB/s of KV, share of floor\n")
         print("| rows x context | KV 16 bits | KV 8 bits | KV 4 bits |\n|---|---|---|---|")
         for num_rows, context_len in DECODE_SHAPES:
             cells = []
@@ -173,9 +172,8 @@ def time_prefill() -> None:
 
 def main() -> None:
     """Print the tables asked for; both without arguments."""
-    print(
-        f"{datetime.date.today()}, torch {torch.__version__}, triton {triton.__version__}, {torch.cuda.get_device_name()}"
-    )
+    versions = f"torch {torch.__version__}, triton {triton.__version__}"
+    print(f"{datetime.date.today()}, {versions}, {torch.cuda.get_device_name()}")
     wanted = sys.argv[1:] or ["decode", "prefill"]
     if "decode" in wanted:
         time_decode()
