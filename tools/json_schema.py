@@ -3,10 +3,12 @@
 Owns the schema language; what a tool is besides its schema belongs to `schema.py`. Two rules decide everything:
 
 * What has one evident meaning is written the proper way: type names of programming languages, `null` for "not given",
-  OpenAPI's `nullable`, older drafts' tuples and exclusive limits, `required` as a boolean on the property.
+  OpenAPI's `nullable`, older drafts' tuples and exclusive limits, `required` as a boolean on the property, an `enum` of
+  strings for another type (numbers in quotes, what an array's items are).
 * A type nobody knows is no constraint; a keyword whose value cannot be read (`enum: "a"`) is an error.
 """
 
+import json
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
@@ -124,6 +126,7 @@ def _normalize_object(schema: Mapping[str, Any], path: str) -> JsonObject:
     _modernize_tuple(proper)
     for limit in ("Minimum", "Maximum"):
         _modernize_exclusive_limit(proper, limit)
+    _fit_enum(proper)
     if schema.get("nullable") is True:
         _allow_null(proper)
     return proper
@@ -250,6 +253,55 @@ def _modernize_exclusive_limit(proper: JsonObject, limit: str) -> None:
     del proper[f"exclusive{limit}"]
     if exclusive and limit.lower() in proper:
         proper[f"exclusive{limit}"] = proper.pop(limit.lower())
+
+
+def _fit_enum(proper: JsonObject) -> None:
+    """Make sense of an `enum` none of whose values has the schema's type, where it has one sense."""
+    values, kind = proper.get("enum"), proper.get("type")
+    if not values or not isinstance(kind, str) or any(describe(value) in _KINDS_OF[kind] for value in values):
+        return
+    items = proper.get("items", {})
+    if kind == "array" and isinstance(items, dict) and "enum" not in items:
+        del proper["enum"]
+        proper["items"] = {**items, "enum": values}
+        _fit_enum(proper["items"])
+        return
+    read = [_READ_AS.get(kind, _as_it_is)(value) for value in values]
+    if all(describe(value) in _KINDS_OF[kind] for value in read):
+        proper["enum"] = read
+
+
+def _as_it_is(value: object) -> object:
+    return value
+
+
+def _read_json(value: object) -> object:
+    """Return what a string says as JSON, `"True"` included."""
+    try:
+        return json.loads(value.lower()) if isinstance(value, str) else value
+    except (ValueError, RecursionError):
+        return value
+
+
+def _written(value: object) -> object:
+    return json.dumps(value) if describe(value) == "a number" else value
+
+
+_KINDS_OF = {
+    "string": ("a string",),
+    "integer": ("a number",),
+    "number": ("a number",),
+    "boolean": ("a boolean",),
+    "array": ("an array",),
+    "object": ("an object",),
+    "null": ("null",),
+}
+_READ_AS: dict[str, Callable[[object], object]] = {
+    "integer": _read_json,
+    "number": _read_json,
+    "boolean": _read_json,
+    "string": _written,
+}
 
 
 def _allow_null(proper: JsonObject) -> None:

@@ -34,6 +34,25 @@ def test_the_judge_refuses_sloppy_schemas():
         ({"type": "date"}, {"type": "string", "format": "date"}),
         ({"type": "datetime", "format": "x"}, {"type": "string", "format": "x"}),
         ({"type": "list[int]"}, {"type": "array", "items": {"type": "integer"}}),
+        ({"type": "integer", "enum": ["1", "20"]}, {"type": "integer", "enum": [1, 20]}),
+        ({"type": "boolean", "enum": ["True", "false"]}, {"type": "boolean", "enum": [True, False]}),
+        ({"type": "string", "enum": [1, 2.5]}, {"type": "string", "enum": ["1", "2.5"]}),
+        ({"type": "array", "enum": ["a"]}, {"type": "array", "items": {"enum": ["a"]}}),
+        (
+            {"type": "array", "items": {"type": "int"}, "enum": ["1"]},
+            {"type": "array", "items": {"type": "integer", "enum": [1]}},
+        ),
+        *(
+            ({"type": kind, "enum": values}, {"type": kind, "enum": values})
+            for kind, values in (
+                ("integer", [1, "2"]),
+                ("integer", ["one"]),
+                ("array", [["a"]]),
+                ("string", [None]),
+                ("object", ["a"]),
+                ("boolean", ["yes"]),
+            )
+        ),
         ({"type": "List[Optional[str]]"}, {"type": "array", "items": {"type": ["string", "null"]}}),
         ({"items": {"const": 1}, "type": "list[int]"}, {"items": {"const": 1}, "type": "array"}),
         ({"type": "Optional[float]"}, {"type": ["number", "null"]}),
@@ -181,7 +200,7 @@ PROPER_KEYWORDS = st.fixed_dictionaries(
     {},
     optional={
         "type": st.sampled_from(["integer", "string", ["array", "null"], "object"]),
-        "enum": st.lists(st.integers(0, 3), min_size=1, max_size=3, unique=True),
+        "enum": st.lists(st.integers(0, 3), max_size=3, unique=True).map(lambda values: [*values, 9, "a", [], {}]),
         "minimum": st.integers(0, 3),
         "required": st.lists(st.sampled_from("ab"), max_size=2, unique=True),
         "maxItems": st.integers(0, 2),
