@@ -39,7 +39,7 @@ def prose_shape(vocab_size: int) -> Shape:
         num_heads=4,
         num_kv_heads=2,
         head_dim=128,
-        max_position_embeddings=4096,
+        max_position_embeddings=WINDOW_TOKENS,
     )
 
 
@@ -166,7 +166,8 @@ class ProseTraining:
 
     def run(self) -> None:
         """Train for the time given, then write the model."""
-        self.step(0.0)  # compiles; not counted in the time
+        self.step(0.0)  # compiles, as the next does; not counted in the time
+        self.held_out_loss()
         begin = time.monotonic()
         step, next_report = 0, 0.0
         while (progress := (time.monotonic() - begin) / self.options.seconds) < 1:
