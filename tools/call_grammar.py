@@ -12,7 +12,7 @@ from typing import Any
 
 from .call_syntax import CallSyntax
 from .code_call import CODE_TOOL_NAME
-from .grammar import GrammarError, GrammarSource, lark_text, schema_term
+from .grammar import TEMPLATE_SPACING, GrammarError, GrammarSource, lark_text, schema_term
 from .json_call import CALL_KEYS
 
 _PLAIN_NAME = re.compile(r"[\w.-]+")
@@ -85,7 +85,8 @@ class CallGrammar:
                 f"the name {name[:80]!r} cannot be written in this model's calls; use letters, digits, _"
             )
         shown = json.dumps(name, ensure_ascii=False) if syntax.quotes_name else name
-        schema = schema_term(function["parameters"], leniency=0 if function.get("strict") is True else leniency)
+        leniency = 0 if function.get("strict") is True else leniency
+        schema = schema_term(function["parameters"], leniency=leniency, spacing=TEMPLATE_SPACING)
         before = self._literal(syntax.before_name + shown + syntax.after_name)
         after = self._literal(syntax.after_arguments)
         if syntax.may_have_id:

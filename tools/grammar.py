@@ -38,8 +38,9 @@ _LIMITS: Mapping[str, Any] = {
 }
 # Bounded, so that no model can fill its answer with blanks; the deepest indentation in use stays below.
 _WHITESPACE = r"[\x20\x0A\x0D\x09]{1,40}"
-_JSON_OPTIONS: Mapping[str, Any] = {"whitespace_pattern": _WHITESPACE, "lenient": False, "coerce_one_of": False}
-_LENIENT_OPTIONS: Mapping[str, Any] = {**_JSON_OPTIONS, "lenient": True, "coerce_one_of": True}
+ANY_SPACING: Mapping[str, Any] = {"whitespace_pattern": _WHITESPACE}
+# Of calls: what all templates write. It leaves one text between two values, which then goes without a step a token.
+TEMPLATE_SPACING: Mapping[str, Any] = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 _UNIMPLEMENTED = re.compile(r"Unimplemented keys: (\[[^\]]*\])")
 _SIGNS_OF = {  # in llguidance's messages
     "Unknown format: ": "format",
@@ -213,7 +214,7 @@ def json_schema_source(schema: Any, *, must_be_strict: bool) -> GrammarSource:
     return GrammarSource(text(0), None if must_be_strict else text)
 
 
-def schema_term(schema: Any, *, leniency: int) -> str:
+def schema_term(schema: Any, *, leniency: int, spacing: Mapping[str, Any] = ANY_SPACING) -> str:
     """Return what stands for a schema's values in a Lark rule; raise GrammarError for what is no schema."""
     if schema is False:
         raise GrammarError("the schema is false, which no value obeys")
@@ -224,7 +225,7 @@ def schema_term(schema: Any, *, leniency: int) -> str:
         raise GrammarError(f"the schema is nested deeper than {MAX_NESTING} levels; flatten it")
     if leniency:
         proper = relaxed(proper, leniency)
-    options = _LENIENT_OPTIONS if leniency else _JSON_OPTIONS
+    options = {**spacing, "lenient": leniency > 0, "coerce_one_of": leniency > 0}
     return f"%json {json.dumps({**proper, 'x-guidance': options}, ensure_ascii=True)}"
 
 
