@@ -85,7 +85,6 @@ class CudaRunner:
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
             compile_kernels(decoder, memory, self._sampler, limits, max_draft_rows=max_draft_rows)
-            self._upload(pad_decode_rows(StepInputs(), limits.max_logit_rows))
             self._graphs.capture_all(max_draft_rows=max_draft_rows)
 
     @torch.inference_mode()

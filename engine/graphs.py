@@ -9,7 +9,7 @@ from bisect import bisect_left
 import torch
 
 from .models.fused_decoder import FusedDecoder, FusedStep, StepMemory
-from .step_inputs import aligned_count
+from .step_inputs import NO_POSITION, aligned_count
 
 # Few enough to capture in a second, close enough that padding stays below a third; beyond 64 rows the products' tiles
 # have 64 columns or more, so padding within a tile is free.
@@ -34,10 +34,10 @@ class DecodeGraphs:
         Steps with drafts have graphs of their own, for up to `max_draft_rows` rows.
         """
         for num_rows in reversed(self._row_counts):
-            self._graph(num_rows, has_drafts=False)
+            self._capture_padding(num_rows, has_drafts=False)
         num_counts = bisect_left(self._row_counts, max_draft_rows) + 1 if max_draft_rows else 0
         for num_rows in reversed(self._row_counts[:num_counts]):
-            self._graph(num_rows, has_drafts=True)
+            self._capture_padding(num_rows, has_drafts=True)
 
     def padded_rows(self, num_rows: int) -> int | None:
         """Return the rows of the smallest graph that takes `num_rows`, None when there is none."""
@@ -49,11 +49,26 @@ class DecodeGraphs:
         self._graph(num_rows, has_drafts=has_drafts).replay()
         return self._memory.buffers.logits[:num_rows]
 
+    def _capture_padding(self, num_rows: int, *, has_drafts: bool) -> None:
+        """Capture a graph on rows that are nobody's, laid out for this number of rows."""
+        step = self._step(num_rows, has_drafts=has_drafts)
+        self._inputs.zero_()
+        step.positions.fill_(NO_POSITION)
+        self._graph(num_rows, has_drafts=has_drafts)
+
     def _graph(self, num_rows: int, *, has_drafts: bool) -> torch.cuda.CUDAGraph:
         graph = self._graphs.get((num_rows, has_drafts))
         if graph is None:
             graph = self._graphs[num_rows, has_drafts] = self._capture(num_rows, has_drafts=has_drafts)
         return graph
+
+    def _capture_padding(self, num_rows: int, *, has_drafts: bool) -> None:
+        """Capture with rows that compute nothing: where a graph's numbers lie depends on how many rows it has."""
+        step = self._step(num_rows, has_drafts=has_drafts)
+        for numbers in (step.token_ids, step.slots, step.context_lens):
+            numbers.zero_()
+        step.positions.fill_(NO_POSITION)
+        self._graph(num_rows, has_drafts=has_drafts)
 
     def _capture(self, num_rows: int, *, has_drafts: bool) -> torch.cuda.CUDAGraph:
         """Capture with the input tensor as it is, after a run that compiles what is new.
