@@ -67,14 +67,8 @@ class LoadedModel:
 
     def reference(self, windows: torch.Tensor, on_progress: OnProgress | None = None) -> tuple[Reference, QualityRow]:
         """Return this model with its KV cache in 16 bits as what others are measured against, and its own row."""
-        head, sums, kept = head_of(self._model), _Sums(), []
-        for part, hidden in self._passes(windows, 0, on_progress):
-            kept.append(hidden.cpu())
-            for rows, targets in _predictions(part, hidden, self.config.vocab_size):
-                log_probabilities = functional.log_softmax(head(rows), -1)
-                sums.add(log_probabilities, targets, expected=log_probabilities)
-        reference = Reference(torch.cat(kept), head, self.config.vocab_size, sums.perplexity())
-        return reference, self._row(0, sums, reference)
+        hidden_states = torch.cat([hidden.cpu() for _, hidden in self._passes(windows, 0, on_progress)])
+        return reference_from(windows, hidden_states, head_of(self._model), self.config, self._device)
 
     def measure(
         self,
@@ -100,7 +94,7 @@ class LoadedModel:
                 for (rows, targets), expected in zip(predictions, known, strict=True):
                     sums.add(functional.log_softmax(head(rows), -1), targets, expected=expected)
             first += len(part)
-        return self._row(quant_policy, sums, reference)
+        return _row(self.config, quant_policy, sums, reference)
 
     def _passes(
         self, windows: torch.Tensor, quant_policy: QuantPolicy, on_progress: OnProgress | None
@@ -129,16 +123,21 @@ class LoadedModel:
                 f"{self.config.vocab_size - 1}; the tokenizer belongs to another model"
             )
 
-    def _row(self, quant_policy: QuantPolicy, sums: "_Sums", reference: Reference | None) -> QualityRow:
-        perplexity = sums.perplexity()
-        return QualityRow(
-            weights="16-bit" if self.config.quantization is None else "4-bit",
-            kv_bits=quant_policy or 16,
-            perplexity=_finite(perplexity),
-            perplexity_increase=None if reference is None else _finite(perplexity / reference.perplexity - 1),
-            kl_divergence=None if reference is None else _finite(sums.kl_divergence()),
-            top1_agreement=None if reference is None else sums.top1_agreement(),
-        )
+
+def reference_from(
+    windows: torch.Tensor, hidden_states: torch.Tensor, head: Head, config: ModelConfig, device: torch.device
+) -> tuple[Reference, QualityRow]:
+    """Return final hidden states (on the host, after the norm) as what others are measured against, and their own row.
+
+    hidden_states [num_windows, seqlen, hidden_size] of a model with its KV cache in 16 bits, whoever computed them.
+    """
+    sums = _Sums()
+    for part, hidden in zip(windows, hidden_states, strict=True):
+        for rows, targets in _predictions(part[None].to(device), hidden[None].to(device), config.vocab_size):
+            log_probabilities = functional.log_softmax(head(rows), -1)
+            sums.add(log_probabilities, targets, expected=log_probabilities)
+    reference = Reference(hidden_states, head, config.vocab_size, sums.perplexity())
+    return reference, _row(config, 0, sums, reference)
 
 
 def evaluate(
@@ -182,6 +181,18 @@ def compare(
     model = LoadedModel(folder, device=device, dtype=dtype)
     rows += (model.measure(windows, policy, reference, progress.next()) for policy in kv_policies)
     return rows
+
+
+def _row(config: ModelConfig, quant_policy: QuantPolicy, sums: "_Sums", reference: Reference | None) -> QualityRow:
+    perplexity = sums.perplexity()
+    return QualityRow(
+        weights="16-bit" if config.quantization is None else "4-bit",
+        kv_bits=quant_policy or 16,
+        perplexity=_finite(perplexity),
+        perplexity_increase=None if reference is None else _finite(perplexity / reference.perplexity - 1),
+        kl_divergence=None if reference is None else _finite(sums.kl_divergence()),
+        top1_agreement=None if reference is None else sums.top1_agreement(),
+    )
 
 
 class _Shares:

@@ -77,8 +77,9 @@ class Layer:
         return x + self.linears["down"](gated)
 
     def norm(self, name: str, x: torch.Tensor) -> torch.Tensor:
-        """Return x normed over its last dimension."""
-        return reference.rms_norm(x, self.norms[name], self.config.rms_norm_eps)
+        """Return x, which may be wider than the weights, normed over its last dimension, in the weights' type."""
+        weight = self.norms[name]
+        return reference.rms_norm(x, weight.to(x.dtype), self.config.rms_norm_eps).to(weight.dtype)
 
     def attend(self, qkv: torch.Tensor, rotary: "Rotary") -> torch.Tensor:
         """Return causal attention, [num_windows, seqlen, num_heads * head_dim], of joined q, k and v."""

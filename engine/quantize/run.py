@@ -22,10 +22,11 @@ from .architectures import LINEAR_KEYS, layer_prefix
 from .awq import LayerQuantizer, Searches
 from .calibration import Calibration
 from .datasets import Split
-from .evaluation import compare, window_tokens
+from .evaluation import evaluate, window_tokens
 from .hidden_states import HiddenStates
 from .layer import Layer, LayerWeights
 from .layer_store import LayerStore
+from .layered_reference import layered_reference
 from .options import QuantizeOptions
 from .progress import Progress, ProgressMeter
 from .report import FormatOfWeights, LayerRow, PeakMemory, Quality, Report, SizeBytes, write_report
@@ -211,8 +212,8 @@ class _Run:
 
     def _calibration(self, windows: torch.Tensor) -> Calibration:
         options, source = self._options, self._source
-        batch_size = options.batch_size or max(1, _BATCH_TOKENS[self._device.type] // options.calib_seqlen)
         embedding = source.embedding().to(self._compute_dtype)
+        batch_size = self._batch_size(options.calib_seqlen)
         states = HiddenStates(windows, embedding, batch_size=batch_size, device=self._device)
         return Calibration(
             source.config,
@@ -251,8 +252,24 @@ class _Run:
             seqlen=min(window_tokens(self._source.config), options.eval_tokens),
             max_tokens=options.eval_tokens,
         )
-        rows = compare(self._source.folder, self._output, windows, device=self._device, on_progress=self._meter.part)
-        return Quality(text=name, num_tokens=windows.numel(), rows=rows)
+        known, row = layered_reference(
+            self._source,
+            windows,
+            batch_size=self._batch_size(windows.shape[1]),
+            device=self._device,
+            on_share_done=lambda done: self._meter.part(done / 4),
+        )
+        rows = evaluate(
+            self._output,
+            windows,
+            device=self._device,
+            reference=known,
+            on_progress=lambda done: self._meter.part(0.25 + 0.75 * done),
+        )
+        return Quality(text=name, num_tokens=windows.numel(), rows=[row, *rows])
+
+    def _batch_size(self, seqlen: int) -> int:
+        return self._options.batch_size or max(1, _BATCH_TOKENS[self._device.type] // seqlen)
 
     def _report(self, quality: Quality | None) -> Report:
         options, plans = self._options, self._source.plans

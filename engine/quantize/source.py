@@ -50,6 +50,12 @@ class SourceModel:
         shape = (self.config.vocab_size, self.config.hidden_size)
         return self._read(f"{self.config.family.names.embedding}.weight", shape, torch.device("cpu"))
 
+    def final_norm_and_head(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the weights after the last layer; a tied head is the embedding."""
+        names, tensors = self.config.family.names, self.outer_tensors()
+        head = names.embedding if self.config.tie_word_embeddings else names.head
+        return tensors[f"{names.final_norm}.weight"], tensors[f"{head}.weight"]
+
     def outer_tensors(self) -> dict[str, torch.Tensor]:
         """Return what lies outside of the layers, by its name on disk: embedding, last norm, and head unless tied."""
         names, config = self.config.family.names, self.config
