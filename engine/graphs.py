@@ -62,14 +62,6 @@ class DecodeGraphs:
             graph = self._graphs[num_rows, has_drafts] = self._capture(num_rows, has_drafts=has_drafts)
         return graph
 
-    def _capture_padding(self, num_rows: int, *, has_drafts: bool) -> None:
-        """Capture with rows that compute nothing: where a graph's numbers lie depends on how many rows it has."""
-        step = self._step(num_rows, has_drafts=has_drafts)
-        for numbers in (step.token_ids, step.slots, step.context_lens):
-            numbers.zero_()
-        step.positions.fill_(NO_POSITION)
-        self._graph(num_rows, has_drafts=has_drafts)
-
     def _capture(self, num_rows: int, *, has_drafts: bool) -> torch.cuda.CUDAGraph:
         """Capture with the input tensor as it is, after a run that compiles what is new.
 
