@@ -29,10 +29,6 @@ class DescriptionSpec:
 Specs = dict[str, TensorSpec | DescriptionSpec]  # by the suffix of the tensor's name
 
 
-def nothing_to_check(_: torch.Tensor) -> None:
-    """The complaint about a tensor whose values are checked elsewhere."""
-
-
 def zeros_only(values: torch.Tensor) -> str | None:
     """The complaint about a tensor that some writers add to every linear, and that may only be 0."""
     return "is a bias, and config.json says that this linear has none" if bool(values.any()) else None
