@@ -76,6 +76,9 @@ class ConstraintState:
             forced = tuple(self.constraint.take_forced())
             self.num_tokens += len(forced)
             self._forced_token_ids += forced
+            self.is_over = self.constraint.is_over
+            if self.is_over:
+                return
         self.must_end = self.constraint.must_end
         self.mask = self.constraint.mask()
 
