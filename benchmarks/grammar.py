@@ -1,21 +1,25 @@
-"""What grammars cost: compiling the schemas of tools, and the mask of each token, on a given tokenizer.
+"""What grammars cost: compiling the schemas of tools, the mask of each token, and those of all sequences of a step.
 
 `python benchmarks/grammar.py TOKENIZER_FOLDER`. Replies are drawn at random from the masks, token by token, as an
-engine with a model of random weights would. One thread.
+engine with a model of random weights would. Compiling, masks and forced tokens are timed on one thread. A step is what
+the engine does between two of its own: take every sequence's token, find out what is forced, compute the next masks, on
+a thread of its own that has others help it; meanwhile an event loop notes how late it comes to a timer.
 """
 
 import argparse
+import asyncio
 import random
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "server"))
 
 from schema_samples import WRITTEN, random_schema, tool
 
+from lmdserve.engine.constraints import ConstraintState, MaskThreads
 from lmdserve.server.text import Tokenizer
 from lmdserve.tools.call_grammar import CallGrammar
 from lmdserve.tools.call_syntax import CallSyntax
@@ -25,6 +29,9 @@ from lmdserve.tools.schema import normalize_tools
 
 SYNTAX = CallSyntax(before_name='{"name": ', after_name=', "parameters": ', after_arguments="}")
 MAX_TOKENS = 300
+BATCH_SIZES = (1, 32, 256)
+NUM_STEPS = 300
+TICK_S = 0.001
 
 
 def main() -> None:
@@ -34,7 +41,7 @@ def main() -> None:
     parser.add_argument("--num-toolboxes", type=int, default=200, help="each of one to four tools")
     options = parser.parse_args()
     tokenizer = Tokenizer.load(options.folder)
-    vocabulary = _vocabulary(tokenizer)
+    vocabulary = vocabulary_of(tokenizer)
     begun = time.perf_counter()
     compiler, sets = GrammarCompiler(vocabulary), TokenSets(vocabulary)
     grammars, compile_s = [], []
@@ -45,18 +52,20 @@ def main() -> None:
     print(f"vocabulary {tokenizer.vocab_size}; first grammar, with the tokenizer's tables: {compile_s[0] * 1e3:.0f} ms")
     print("| what | number | p50 | p90 | p99 | max |\n|---|---|---|---|---|---|")
     _print_row("compile, ms", compile_s[1:], 1e3)
-    first_s, mask_s, accept_s = [], [], []
-    for index, grammar in enumerate(grammars):
-        times = list(_follow(ReplyRules(sets=sets, answer=grammar), random.Random(index)))
-        first_s.append(times[0][0])
-        mask_s += [mask for mask, _ in times[1:]]
-        accept_s += [accept for _, accept in times]
-    _print_row("first mask, us", first_s, 1e6)
-    _print_row("later masks, us", mask_s, 1e6)
-    _print_row("accept, us", accept_s, 1e6)
+    all_rules = [ReplyRules(sets=sets, answer=grammar) for grammar in grammars]
+    times = [list(_follow(rules, random.Random(index))) for index, rules in enumerate(all_rules)]
+    _print_row("first mask, us", [reply[0].mask_s for reply in times], 1e6)
+    _print_row("later masks, us", [token.mask_s for reply in times for token in reply[1:]], 1e6)
+    _print_row("forced tokens, us", [token.forced_s for reply in times for token in reply[1:]], 1e6)
+    _print_row("accept, us", [token.accept_s for reply in times for token in reply], 1e6)
+    for size in BATCH_SIZES:
+        steps_s, held_s = asyncio.run(_step_all(all_rules, size))
+        _print_row(f"step of {size}, us", steps_s, 1e6)
+        _print_row(f"step of {size}, us a sequence", [seconds / size for seconds in steps_s], 1e6)
+        _print_row(f"event loop beside steps of {size} late, us", held_s, 1e6)
 
 
-def _vocabulary(tokenizer: Tokenizer) -> Vocabulary:
+def vocabulary_of(tokenizer: Tokenizer) -> Vocabulary:
     return Vocabulary(
         token_bytes=[tokenizer.token_bytes(token_id) for token_id in range(tokenizer.vocab_size)],
         control_ids=frozenset({*tokenizer.control_tokens.values(), *tokenizer.eos_token_ids}),
@@ -78,33 +87,82 @@ def _compile(compiler: GrammarCompiler, tools: Sequence[Any]) -> tuple[Grammar, 
     return grammar, time.perf_counter() - begun
 
 
-def _follow(rules: ReplyRules, rng: random.Random) -> Iterator[tuple[float, float]]:
-    """Yield the seconds of mask and accept for each token of one reply, drawn from the masks."""
+class TokenTimes(NamedTuple):
+    """What one sampled token of a reply took."""
+
+    forced_s: float
+    mask_s: float
+    accept_s: float
+
+
+def _follow(rules: ReplyRules, rng: random.Random) -> Iterator[TokenTimes]:
+    """Yield the times of each token of one reply that is not forced, drawn from the masks."""
     constraint = rules.new_constraint()
     for _ in range(MAX_TOKENS):
         begun = time.perf_counter()
+        constraint.take_forced()
+        forced = time.perf_counter()
         mask = constraint.mask()
         masked = time.perf_counter()
-        assert mask is not None
-        bits = int.from_bytes(mask, "little")
-        token_id = _draw(bits, rng)
+        token_id = _draw(mask, rng)
         accepting = time.perf_counter()
         constraint.accept(token_id)
-        yield masked - begun, time.perf_counter() - accepting
+        yield TokenTimes(forced - begun, masked - forced, time.perf_counter() - accepting)
         if constraint.is_over:
             return
 
 
-def _draw(bits: int, rng: random.Random) -> int:
+async def _step_all(all_rules: Sequence[ReplyRules], size: int) -> tuple[list[float], list[float]]:
+    """Return what each step of so many replies takes, and how late the event loop is meanwhile."""
+    held_s: list[float] = []
+    steps = asyncio.get_running_loop().run_in_executor(None, lambda: list(_steps(all_rules, size)))
+    while not steps.done():
+        begun = time.perf_counter()
+        await asyncio.sleep(TICK_S)
+        held_s.append(time.perf_counter() - begun - TICK_S)
+    return await steps, held_s
+
+
+def _steps(all_rules: Sequence[ReplyRules], size: int) -> Iterator[float]:
+    """Yield the seconds of each step; a reply that is over makes room for another."""
+    rng = random.Random(size)
+    threads = MaskThreads()
+    states = [_new_state(all_rules, rng) for _ in range(size)]
+    threads.prepare(states)
+    for _ in range(NUM_STEPS):
+        while any(not state.is_ready for state in states):
+            threads.wait_for_late()
+        token_ids = [_draw(state.mask, rng) for state in states]
+        begun = time.perf_counter()
+        for state, token_id in zip(states, token_ids, strict=True):
+            state.take([token_id])
+        threads.prepare(states)
+        yield time.perf_counter() - begun
+        states = [_new_state(all_rules, rng) if state.is_over else state for state in states]
+        threads.prepare(states)
+    threads.close()
+
+
+def _new_state(all_rules: Sequence[ReplyRules], rng: random.Random) -> ConstraintState:
+    return ConstraintState(rng.choice(all_rules).new_constraint(), fast_forward_from=0)
+
+
+def _draw(mask: bytes | None, rng: random.Random) -> int:
     """Return an allowed token near a random place."""
+    assert mask is not None
+    bits = int.from_bytes(mask, "little")
     above = bits >> (place := rng.randrange(bits.bit_length()))
     return place + (above & -above).bit_length() - 1
 
 
 def _print_row(what: str, seconds: Sequence[float], scale: float) -> None:
-    in_order = sorted(seconds)
-    cells = [in_order[min(len(in_order) - 1, int(len(in_order) * share))] * scale for share in (0.5, 0.9, 0.99, 1.0)]
+    cells = [share_of(seconds, share) * scale for share in (0.5, 0.9, 0.99, 1.0)]
     print(f"| {what} | {len(seconds)} | " + " | ".join(f"{cell:.1f}" for cell in cells) + " |")
+
+
+def share_of(values: Sequence[float], share: float) -> float:
+    """Return the value that so many are below."""
+    return sorted(values)[min(len(values) - 1, int(len(values) * share))]
 
 
 if __name__ == "__main__":

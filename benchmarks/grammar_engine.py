@@ -1,0 +1,218 @@
+"""What constrained answers cost an engine: tokens a second of free and of constrained replies, alone and side by side.
+
+    python benchmarks/grammar_engine.py --model demo --batch 1,8
+
+Each of the batch's clients asks for one reply after the other. Kinds of work:
+    free         text of as many tokens as the constrained replies have
+    step by step calls of a tool with many arguments, every token sampled in a step
+    forwarded    the same, where tokens that the grammar forces need no step of their own
+    half free    every other client free, the others as forwarded
+Sampling is at temperature 1 with a seed a client. `tokens a step` is a mean over the steps of each sequence, `gap` the
+time between the chunks of free clients, `held` how late the event loop came to a timer. All options of the server's
+engine are understood.
+"""
+
+import asyncio
+import datetime
+import os
+import random
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lmdserve.engine.torch_setup import prepare_torch
+
+prepare_torch()
+
+import torch  # noqa: E402
+import uvloop  # noqa: E402
+from grammar import SYNTAX, share_of, vocabulary_of  # noqa: E402
+
+import lmdserve  # noqa: E402
+from lmdserve.engine.api import Request, SamplingParams, TokenConstraint  # noqa: E402
+from lmdserve.engine.config import EngineConfig  # noqa: E402
+from lmdserve.engine.loader import resolve_model_folder  # noqa: E402
+from lmdserve.engine.loop import AsyncEngine, load_engine  # noqa: E402
+from lmdserve.server.options import OptionParser, add_options, read_options  # noqa: E402
+from lmdserve.server.text import Tokenizer  # noqa: E402
+from lmdserve.tools.call_grammar import CallGrammar  # noqa: E402
+from lmdserve.tools.constraint import ReplyConstraint, ReplyRules, TokenSets  # noqa: E402
+from lmdserve.tools.grammar import GrammarCompiler  # noqa: E402
+from lmdserve.tools.schema import normalize_tools  # noqa: E402
+
+KINDS = ("free", "step by step", "forwarded", "half free")
+REPLIES_PER_CLIENT = 3
+PROMPT_LEN = 64
+TICK_S = 0.001
+HEADER = (
+    "| batch | replies | tokens | tok/s | tokens a step | gap p50, ms | gap p99, ms | held p99, ms | held max, ms |\n"
+    "|---|---|---|---|---|---|---|---|---|"
+)
+ORDER = {
+    "type": "object",
+    "properties": {
+        "customer_name": {"type": "string", "maxLength": 16},
+        "customer_email": {"type": "string", "pattern": "^[a-z]{3,8}@[a-z]{3,8}\\.(com|org)$"},
+        "delivery_address": {
+            "type": "object",
+            "properties": {
+                "street": {"type": "string", "maxLength": 20},
+                "house_number": {"type": "integer", "minimum": 1, "maximum": 999},
+                "postal_code": {"type": "string", "pattern": "^[0-9]{5}$"},
+                "country": {"enum": ["Germany", "France", "Netherlands", "United Kingdom"]},
+            },
+            "required": ["street", "house_number", "postal_code", "country"],
+            "additionalProperties": False,
+        },
+        "items": {
+            "type": "array",
+            "minItems": 2,
+            "maxItems": 3,
+            "items": {
+                "type": "object",
+                "properties": {
+                    "article_number": {"type": "string", "pattern": "^[A-Z]{2}-[0-9]{4}$"},
+                    "quantity": {"type": "integer", "minimum": 1, "maximum": 20},
+                    "gift_wrapping": {"type": "boolean"},
+                },
+                "required": ["article_number", "quantity", "gift_wrapping"],
+                "additionalProperties": False,
+            },
+        },
+        "payment_method": {"enum": ["credit_card", "bank_transfer", "invoice"]},
+        "delivery_date": {"type": "string", "format": "date"},
+    },
+    "required": ["customer_name", "customer_email", "delivery_address", "items", "payment_method", "delivery_date"],
+    "additionalProperties": False,
+}
+
+
+class StepByStep:
+    """A constraint that keeps its forced tokens to itself."""
+
+    def __init__(self, constraint: ReplyConstraint) -> None:
+        self._constraint = constraint
+        self.mask, self.accept = constraint.mask, constraint.accept
+
+    is_over = property(lambda self: self._constraint.is_over)
+    must_end = property(lambda self: self._constraint.must_end)
+
+    def take_forced(self) -> list[int]:
+        return []
+
+
+@dataclass(slots=True)
+class Run:
+    """What the clients of one run saw."""
+
+    num_tokens: int = 0
+    reply_lens: list[int] = field(default_factory=list)
+    gaps_s: list[float] = field(default_factory=list)  # of free clients
+    held_s: list[float] = field(default_factory=list)
+    took_s: float = 0.0
+    num_sequence_steps: int = 0
+
+
+def main() -> int:
+    parser = OptionParser(prog="grammar_engine.py", description=__doc__)
+    parser.add_argument("--batch", default="1,32,256")
+    parser.add_argument("--kinds", default=",".join(KINDS))
+    add_options(parser, EngineConfig, title="engine")
+    arguments = parser.parse_known(sys.argv[1:])
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {len(os.sched_getaffinity(0))} cores"
+    print(f"{datetime.date.today()}, lmdserve {lmdserve.__version__}, torch {torch.__version__}, {device}\n\n{HEADER}")
+    batches = [int(size) for size in arguments.batch.split(",")]
+    uvloop.run(measure(read_options(EngineConfig, arguments), batches, arguments.kinds.split(",")))
+    return 0
+
+
+async def measure(config: EngineConfig, batches: Sequence[int], kinds: Sequence[str]) -> None:
+    """Print a row for each batch size and kind of work."""
+    rules = order_rules(Path(resolve_model_folder(config.model, config.revision)))
+    engine = load_engine(config)
+    await engine.start()
+    reply_lens = [128]
+    for size in batches:
+        for kind in sorted(kinds, key=lambda kind: kind == "free"):  # free replies are as long as the others were
+            await run(engine, rules, kind, size, reply_lens, num_replies=1)
+            result = await run(engine, rules, kind, size, reply_lens, num_replies=REPLIES_PER_CLIENT)
+            if kind != "free":
+                reply_lens = [round(statistics.mean(result.reply_lens))]
+            print(row(kind, size, result), flush=True)
+    await engine.stop(0.0)
+
+
+def order_rules(folder: Path) -> ReplyRules:
+    """Return the rules of a reply that is a call of the order tool, with the checkpoint's own tokens."""
+    vocabulary = vocabulary_of(Tokenizer.load(folder))
+    tools = normalize_tools([{"type": "function", "function": {"name": "create_order", "parameters": ORDER}}])
+    source = CallGrammar(syntax=SYNTAX, tools=tools, control_ids={}).source(has_opener=True)
+    return ReplyRules(sets=TokenSets(vocabulary), answer=GrammarCompiler(vocabulary).compile(source))
+
+
+async def run(
+    engine: AsyncEngine, rules: ReplyRules, kind: str, size: int, reply_lens: Sequence[int], *, num_replies: int
+) -> Run:
+    """Have `size` clients ask for replies, one after the other."""
+    result = Run()
+    ticker = asyncio.create_task(watch_loop(result.held_s))
+    begun_s = time.perf_counter()
+
+    async def client(index: int) -> None:
+        is_free = kind == "free" or (kind == "half free" and index % 2 == 0)
+        for number in range(num_replies):
+            rng = random.Random(f"{index}/{number}")
+            prompt = rng.choices(range(engine.info.vocab_size), k=PROMPT_LEN)
+            constraint: TokenConstraint | None = None
+            if not is_free:
+                constraint = StepByStep(rules.new_constraint()) if kind == "step by step" else rules.new_constraint()
+            num_tokens = rng.choice(reply_lens) if is_free else 1000
+            sampling = SamplingParams(seed=index, max_tokens=num_tokens, ignore_eos=is_free)
+            request = Request(
+                uid=f"{begun_s}/{index}/{number}", prompt_token_ids=prompt, sampling=sampling, constraint=constraint
+            )
+            await reply(engine, request, result, is_free=is_free)
+
+    before = engine.stats()
+    await asyncio.gather(*(client(index) for index in range(size)))
+    result.took_s = time.perf_counter() - begun_s
+    result.num_sequence_steps = (engine.stats().steps_total - before.steps_total) * size
+    ticker.cancel()
+    return result
+
+
+async def reply(engine: AsyncEngine, request: Request, result: Run, *, is_free: bool) -> None:
+    num_tokens, previous_s = 0, None
+    async for chunk in engine.generate(request):
+        now_s = time.perf_counter()
+        if is_free and previous_s is not None:
+            result.gaps_s.append(now_s - previous_s)
+        previous_s = now_s
+        num_tokens += len(chunk.token_ids)
+    result.num_tokens += num_tokens
+    if not is_free:
+        result.reply_lens.append(num_tokens)
+
+
+async def watch_loop(held_s: list[float]) -> None:
+    """Write down how late each wake-up comes."""
+    while True:
+        begun_s = time.perf_counter()
+        await asyncio.sleep(TICK_S)
+        held_s.append(time.perf_counter() - begun_s - TICK_S)
+
+
+def row(kind: str, size: int, result: Run) -> str:
+    gaps = [f"{share_of(result.gaps_s, share) * 1e3:.2f}" if result.gaps_s else "-" for share in (0.5, 0.99)]
+    held = [f"{share_of(result.held_s, share) * 1e3:.2f}" for share in (0.99, 1.0)]
+    return (
+        f"| {size} | {kind} | {result.num_tokens} | {result.num_tokens / result.took_s:.0f} "
+        f"| {result.num_tokens / result.num_sequence_steps:.2f} | {' | '.join([*gaps, *held])} |"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
