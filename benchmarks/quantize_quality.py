@@ -38,9 +38,9 @@ from lmdserve.engine.quantize.evaluation import evaluate, window_tokens  # noqa:
 from lmdserve.engine.quantize.layered_reference import layered_reference  # noqa: E402
 from lmdserve.engine.quantize.report import QualityRow  # noqa: E402
 from lmdserve.engine.quantize.rounding import Rounding  # noqa: E402
-from lmdserve.engine.quantize.run import TextSide, held_out_text, quantize  # noqa: E402
+from lmdserve.engine.quantize.run import TextSide, quantize  # noqa: E402
 from lmdserve.engine.quantize.source import SourceModel  # noqa: E402
-from lmdserve.engine.quantize.text import evaluation_windows, read_text  # noqa: E402
+from lmdserve.engine.quantize.text import evaluation_windows, held_out_text, read_text  # noqa: E402
 
 NUM_CALIBRATION_DIALOGUES = 2000
 NUM_HELD_OUT_DIALOGUES = 400

@@ -11,7 +11,7 @@ from typing import Literal
 
 Phase = Literal["read", "search", "write", "evaluate", "done"]
 
-_SHARES: dict[Phase, float] = {"read": 0.02, "search": 0.83, "write": 0.05, "evaluate": 0.10, "done": 0.0}
+_SHARES: dict[Phase, float] = {"read": 0.02, "search": 0.70, "write": 0.06, "evaluate": 0.22, "done": 0.0}
 _EVALUATION: Phase = "evaluate"
 
 
