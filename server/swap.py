@@ -11,7 +11,7 @@ import logging
 import uuid
 from collections.abc import Callable
 from concurrent.futures import Executor
-from contextlib import aclosing, suppress
+from contextlib import aclosing
 from pathlib import Path
 from typing import Literal, NamedTuple, Protocol, cast
 
@@ -188,9 +188,7 @@ class Swapper:
         try:
             engine, model = await asyncio.shield(loading)
         except asyncio.CancelledError:
-            with suppress(Exception):
-                engine, _ = await loading
-                await asyncio.to_thread(engine.release)
+            await _discard(loading)
             raise
         except ConfigError as error:
             raise SwapFailedError(f"{target.checkpoint} could not be loaded: {error}") from None
@@ -225,6 +223,15 @@ async def _stop_and_release(serving: Serving) -> None:
     await serving.engine.stop(0.0)
     serving.close()
     await asyncio.to_thread(serving.engine.release)
+
+
+async def _discard(loading: "asyncio.Future[tuple[Engine, ServedModel]]") -> None:
+    """Wait for what is being loaded, which cannot be interrupted, and give it back."""
+    await asyncio.wait({loading})
+    if loading.exception() is None:
+        engine, _ = loading.result()
+        await engine.stop(0.0)
+        await asyncio.to_thread(engine.release)
 
 
 async def _warm_up(serving: Serving) -> None:
