@@ -14,6 +14,7 @@ from lmdserve.tools.api import ToolFormat
 from lmdserve.tools.call_grammar import function_names
 from lmdserve.tools.code_call import CODE_TOOL_NAME
 from lmdserve.tools.constraint import ReplyRules
+from lmdserve.tools.grammar import MAX_SOURCE_CHARS
 from lmdserve.tools.schema import ToolSchemaError, normalize_tools
 
 from .chat import ChatTemplateError, Prompt
@@ -49,7 +50,7 @@ class Planner:
     async def plan_chat(self, request: ChatRequest, uid: str) -> list[ChoicePlan]:
         """Return the n choices of a chat request."""
         self.check_model(request.model)
-        tools = _tools(request)
+        tools = await self._tools(request)
         choice = read_tool_choice(request.tool_choice)
         check_names(choice, function_names(tools))
         tool_names = _tool_names(request, tools)
@@ -86,7 +87,7 @@ class Planner:
     async def render_chat(self, request: ChatRequest) -> Prompt:
         """Return the prompt of a chat request, as `plan_chat` has it, without generating anything."""
         self.check_model(request.model)
-        tools = _tools(request)
+        tools = await self._tools(request)
         if tools:
             self._tool_format(tools)
         return await self._render(request, tools)
@@ -134,7 +135,7 @@ class Planner:
             )
 
         try:
-            return await self._off_loop_if_long(_num_chars(messages) + _num_chars(tools), render)
+            return await self._off_loop_if_long([messages, tools], render)
         except ChatTemplateError as error:
             message = str(error) if error.param in str(error) else f"{error.param}: {error}"
             raise BadRequestError(message, param=error.param) from error
@@ -142,7 +143,7 @@ class Planner:
     async def _tokenize(self, param: str, prompt: str | list[int]) -> list[int]:
         if isinstance(prompt, str):
             prompt_token_ids = await self._off_loop_if_long(
-                len(prompt), lambda: self.model.tokenizer.encode(prompt, add_bos=True)
+                prompt, lambda: self.model.tokenizer.encode(prompt, add_bos=True)
             )
         else:
             self._check_token_ids(param, prompt)
@@ -151,8 +152,11 @@ class Planner:
             raise BadRequestError(f"{param} is empty; send at least one token", param=param)
         return prompt_token_ids
 
-    async def _off_loop_if_long(self, num_chars: int, work: Callable[[], Result]) -> Result:
-        if num_chars <= INLINE_PROMPT_CHARS:
+    async def _tools(self, request: ChatRequest) -> list[dict[str, Any]]:
+        return await self._off_loop_if_long(request.tools, lambda: _tools(request))
+
+    async def _off_loop_if_long(self, text: Any, work: Callable[[], Result]) -> Result:
+        if _num_chars(text, INLINE_PROMPT_CHARS) <= INLINE_PROMPT_CHARS:
             return work()
         return await asyncio.get_running_loop().run_in_executor(self.executor, work)
 
@@ -245,6 +249,11 @@ def _tools(request: ChatRequest) -> list[dict[str, Any]]:
     """Return the tools that the model gets to see, with proper schemas: none of them under tool_choice "none"."""
     if not request.tools:
         return []
+    if _num_chars(request.tools, MAX_SOURCE_CHARS) > MAX_SOURCE_CHARS:
+        raise BadRequestError(
+            f"tools: they have more than {MAX_SOURCE_CHARS} characters, too many to hold calls to; shorten them",
+            param="tools",
+        )
     try:
         tools = normalize_tools(request.tools)
     except ToolSchemaError as error:
@@ -292,12 +301,14 @@ def _with_seed_offset(sampling: SamplingParams, offset: int) -> SamplingParams:
     return sampling if sampling.seed is None else replace(sampling, seed=(sampling.seed + offset) % MAX_SEED)
 
 
-def _num_chars(value: Any) -> int:
-    """Return about how much text a message or tool holds."""
-    if isinstance(value, str):
-        return len(value)
-    if isinstance(value, Mapping):
-        return sum(map(_num_chars, value.values()))
-    if isinstance(value, list | tuple):
-        return sum(map(_num_chars, value))
-    return 0
+def _num_chars(value: Any, limit: int) -> int:
+    """Return about how many characters a message or tool has as JSON; any number above `limit` where it has more."""
+    num_chars, values = 0, [value]
+    while values and num_chars <= limit:
+        value = values.pop()
+        num_chars += len(value) + 2 if isinstance(value, str) else 2
+        if isinstance(value, Mapping):
+            values += [*value, *value.values()]
+        elif isinstance(value, list | tuple):
+            values += value
+    return num_chars

@@ -7,6 +7,7 @@ in `output_format.py` and `tool_choice.py`.
 import asyncio
 import hashlib
 import json
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -38,6 +39,7 @@ from .tool_choice import ToolChoice
 
 NUM_THREADS = 2
 COMPILE_LIMIT_S = 20.0  # the limits in `tools/grammar.py` keep compiling below one second; this is for what they miss
+SINGLE_LIMIT_S = 2.0  # for looking at the tools of a request one by one
 MAX_REMEMBERED = 1024  # schemas of which it is known whether a grammar enforces them
 
 
@@ -145,25 +147,39 @@ class OutputRules:
         if not rules.unenforced and not may_turn_out_an_answer:
             return None
         by_tool: dict[str, str] = {}
-        for position, tool in enumerate(offer.tools if offer is not None else ()):
-            if offer is None or tool not in offer.callable_tools or tool["type"] == CODE_TOOL_NAME:
-                continue
-            schema = json.dumps(tool["function"]["parameters"])
-            if may_turn_out_an_answer or not await self._enforces(tool["function"]["parameters"], schema):
+        if offer is not None:
+            work = partial(self._schemas_to_check, offer, must_check_all=may_turn_out_an_answer)
+            for position, schema in await asyncio.get_running_loop().run_in_executor(self._threads, work):
                 await self._refuse_uncheckable(f"tools[{position}]", schema)
-                by_tool[tool["function"]["name"]] = schema
+                by_tool[offer.tools[position]["function"]["name"]] = schema
         answer = None
         if wanted is not None and wanted.schema is not None and not must_call and rules.unenforced:
             answer = json.dumps(wanted.schema)
             await self._refuse_uncheckable(wanted.param, answer)
         return ReplyChecks(checker=self._checker, by_tool=by_tool, answer=answer)
 
-    async def _enforces(self, schema: Any, text: str) -> bool:
-        """Return whether a grammar enforces all of a schema."""
-        digest = hashlib.sha256(text.encode()).digest()
+    def _schemas_to_check(self, offer: ToolOffer, *, must_check_all: bool) -> list[tuple[int, str]]:
+        """Return place and schema of the tools whose calls a grammar does not hold to it; of all where time is up."""
+        callable_ids = {id(tool) for tool in offer.callable_tools}
+        end_s = time.monotonic() + SINGLE_LIMIT_S
+        found: list[tuple[int, str]] = []
+        for position, tool in enumerate(offer.tools):
+            if id(tool) in callable_ids and tool["type"] != CODE_TOOL_NAME:
+                schema = json.dumps(tool["function"]["parameters"])
+                if must_check_all or time.monotonic() > end_s or not self._enforces(tool["function"], schema):
+                    found.append((position, schema))
+        return found
+
+    def _enforces(self, function: Mapping[str, Any], schema: str) -> bool:
+        """Return whether a grammar enforces all of a function's schema."""
+        digest = hashlib.sha256(schema.encode()).digest()
         if digest not in self._is_enforced:
-            grammar = await self._compile("tools", lambda: json_schema_source(schema, must_be_strict=False))
-            self._is_enforced[digest] = not grammar.unenforced
+            source = json_schema_source(function["parameters"], must_be_strict=True)
+            try:
+                self._compiler.compile(source)
+                self._is_enforced[digest] = True
+            except GrammarError:
+                self._is_enforced[digest] = False
             if len(self._is_enforced) > MAX_REMEMBERED:
                 self._is_enforced.popitem(last=False)
         return self._is_enforced[digest]
@@ -239,8 +255,10 @@ class OutputRules:
         try:
             return await self._compile("tools", lambda: make_source(grammar))
         except BadRequestError:
+            end_s = time.monotonic() + SINGLE_LIMIT_S
+            callable_ids = {id(tool) for tool in grammar.tools}
             for position, tool in enumerate(offer.tools):  # name the tool at fault
-                if tool in grammar.tools:
+                if id(tool) in callable_ids and time.monotonic() < end_s:
                     alone = replace(grammar, tools=[tool])
                     param = f"tools[{position}]"
                     await self._compile(param, lambda alone=alone: alone.source(has_opener=True))  # type: ignore[misc]
