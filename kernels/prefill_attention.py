@@ -6,7 +6,8 @@ Programs find their sequence by a running sum over the query lengths, so a batch
 
 A row's result has the same bits whatever rows, chunks or sequences share the launch: context tiles start at multiples
 of the tile's width from position 0, a tile that a row does not see changes nothing (its weights are exact zeros, its
-rescaling an exact one), and masked and unmasked tiles run the same operations.
+rescaling an exact one), and masked and unmasked tiles run the same operations. Where that is not asked for, Hopper has
+a faster kernel for long chunks: prefill_hopper.py.
 """
 
 import math
@@ -22,12 +23,12 @@ from .kv_cache import check_sizes, kv_words
 from .launch import (
     has_programmatic_launch,
     is_interpreted,
-    launch_options,
+    launch,
     release_next_kernel,
     wait_for_previous_kernel,
 )
+from .prefill_hopper import TILE_ROWS, attend_dense, can_attend_dense
 
-_TILE_ROWS = 128
 _NUM_WARPS = 8
 # Context tokens a tile, and tiles in flight; before Hopper larger ones spill registers.
 _HOPPER_TILE = {"TILE": 64, "num_stages": 3}
@@ -253,6 +254,7 @@ def prefill_attention(
     softmax_scale: float,
     sliding_window: int | None = None,
     max_total_context_len: int | None = None,
+    deterministic: bool = True,
 ) -> None:
     """Attend for the last tokens of each sequence, whose keys and values are in the cache; out [T, H * D] is written.
 
@@ -260,8 +262,8 @@ def prefill_attention(
     None as `KVCache.layer` gives them; block_tables int32 [num_table_rows, max_blocks]; table_rows int32 [S];
     query_starts int32 [S + 1], where each sequence's queries begin, and T; context_lens int32 [S], its queries
     included; out 16-bit. max_query_len and max_context_len bound what the device's tensors say, and
-    max_total_context_len the sum of the contexts (default: all as long as the longest). Raises ValueError for sizes the
-    kernel does not have.
+    max_total_context_len the sum of the contexts (default: all as long as the longest). Unless deterministic, a row's
+    last bits may depend on what it shares the launch with. Raises ValueError for sizes the kernel does not have.
 
     Contexts that are quantized are dequantized into the workspace's scratch first, when the chunks are long enough to
     read them several times and they fit.
@@ -282,15 +284,26 @@ def prefill_attention(
         total_len = all_contexts if max_total_context_len is None else min(all_contexts, max_total_context_len)
         num_context_blocks = total_len // block_size + num_sequences
         num_scratch_blocks = scratch_blocks(num_context_blocks, kv_data, head_dim, workspace)
+    group_rows = triton.next_power_of_2(group)
+    num_tiles = triton.cdiv(num_tokens, TILE_ROWS // group_rows) + num_sequences
+    num_sequence_places = max(16, triton.next_power_of_2(num_sequences))
+    scale_log2 = softmax_scale * math.log2(math.e)
     if kv_scales is not None and num_scratch_blocks > 0:
         data = scales = dequantize_contexts(
             kv_data, kv_scales, block_tables, table_rows, context_lens, workspace, num_blocks=num_scratch_blocks,
             bits=bits, head_dim=head_dim, dtype=query.dtype,
         )  # fmt: skip
         bits, num_blocks = 16, num_scratch_blocks
-    group_rows = triton.next_power_of_2(group)
-    num_tiles = triton.cdiv(num_tokens, _TILE_ROWS // group_rows) + num_sequences
-    _prefill_kernel[(num_kv_heads, num_tiles)](
+        if not deterministic and can_attend_dense(query.device, block_size, sliding_window):
+            attend_dense(
+                query, data, query_starts, context_lens, out, num_tiles=num_tiles, group_rows=group_rows,
+                num_sequence_places=num_sequence_places, scale_log2=scale_log2,
+            )  # fmt: skip
+            return
+    launch(
+        _prefill_kernel,
+        (num_kv_heads, num_tiles),
+        query.device,
         query,
         data,
         scales,
@@ -302,7 +315,7 @@ def prefill_attention(
         num_sequences,
         num_blocks,
         block_tables.stride(0),
-        softmax_scale * math.log2(math.e),
+        scale_log2,
         KV_HEADS=num_kv_heads,
         GROUP=group,
         GROUP_ROWS=group_rows,
@@ -310,11 +323,10 @@ def prefill_attention(
         BLOCK_SIZE=block_size,
         BITS=bits,
         WINDOW=sliding_window or 0,
-        SEQUENCES=max(16, triton.next_power_of_2(num_sequences)),
-        ROWS=_TILE_ROWS,
+        SEQUENCES=num_sequence_places,
+        ROWS=TILE_ROWS,
         DENSE=num_scratch_blocks > 0,
         COMPILED=not is_interpreted(),
         num_warps=_NUM_WARPS,
         **(_HOPPER_TILE if has_programmatic_launch(query.device) else _TILE),
-        **launch_options(query.device),
     )

@@ -159,7 +159,7 @@ class FusedDecoder:
             prefill_rows = slice(num_decode_rows, num_tokens)
             self._append(layer, step, memory, qkv, prefill_rows)
             self._attend_prefill_rows(
-                layer, step.prefill, memory, buffers.queries[prefill_rows], attended[prefill_rows]
+                layer, step, step.prefill, memory, buffers.queries[prefill_rows], attended[prefill_rows]
             )
         layer.output.add(attended, residual, deterministic=step.is_deterministic)
 
@@ -223,6 +223,7 @@ class FusedDecoder:
     def _attend_prefill_rows(
         self,
         layer: FusedLayer,
+        step: FusedStep,
         prefill: PrefillRows,
         memory: StepMemory,
         queries: torch.Tensor,
@@ -244,6 +245,7 @@ class FusedDecoder:
             bits=kv_cache.bits,
             softmax_scale=self._softmax_scale,
             sliding_window=self.config.sliding_window,
+            deterministic=step.is_deterministic,
         )
 
     def _transform(self, layer: FusedLayer, step: FusedStep, buffers: StepBuffers) -> None:

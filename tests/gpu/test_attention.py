@@ -166,8 +166,10 @@ def test_prefill_of_unequal_chunks(bits: int, heads: tuple[int, int], head_dim: 
     query_lens, context_lens = (1, 700, 64, 2, 1000), (1, 700, 1500, 2049, 1000)
     case = random_case(context_lens, num_kv_heads=heads[1], head_dim=head_dim, bits=bits, dtype=dtype, device=DEVICE)
     queries = random_queries(case, query_lens, heads[0], head_dim, dtype)
-    for scratch_bytes in (1 << 27, 0):
-        out = prefill(case, queries, range(5), context_lens, scratch_bytes=scratch_bytes)
+    for scratch_bytes, deterministic in ((1 << 27, True), (1 << 27, False), (0, True)):
+        out = prefill(
+            case, queries, range(5), context_lens, scratch_bytes=scratch_bytes, deterministic=deterministic
+        )  # fmt: skip
         expected = [attended(query, *case.stored(row), head_dim**-0.5, None) for row, query in enumerate(queries)]
         torch.testing.assert_close(out.double(), torch.cat(expected), rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 from attention_cases import PagedCase, attended, random_case
-from offline_compile import assert_fits, compile_for_all
+from offline_compile import assert_fits, compile_for_all, compile_kernel
 
 from lmdserve.kernels.attention_scratch import _dequantize_kernel
 from lmdserve.kernels.attention_workspace import AttentionWorkspace
@@ -16,6 +16,14 @@ from lmdserve.kernels.prefill_attention import (
     _TILE,
     _prefill_kernel,
     prefill_attention,
+)
+from lmdserve.kernels.prefill_hopper import (
+    _LAYOUT,
+    _NUM_STAGES,
+    _REGISTERS_AT_LAUNCH,
+    TILE_ROWS,
+    TILE_TOKENS,
+    _hopper_prefill_kernel,
 )
 
 TOLERANCE = {torch.float16: 4e-3, torch.bfloat16: 2.5e-2}  # weights and values are rounded to the type
@@ -29,6 +37,7 @@ def prefill(
     *,
     window: int | None = None,
     scratch_bytes: int = 1 << 20,
+    deterministic: bool = True,
 ) -> torch.Tensor:
     """Attend for these queries [t, heads, D], the last of their contexts; rows name the case's sequences."""
     device = case.data.device
@@ -46,6 +55,7 @@ def prefill(
         torch.tensor([0, *lens], dtype=torch.int32, device=device).cumsum(0).int(),
         torch.tensor(context_lens, dtype=torch.int32, device=device), out, workspace, max_query_len=max(lens),
         max_context_len=max(context_lens), bits=case.bits, softmax_scale=head_dim**-0.5, sliding_window=window,
+        deterministic=deterministic,
     )  # fmt: skip
     return out
 
@@ -165,6 +175,26 @@ def test_it_compiles_for_every_architecture(bits: int, head_dim: int, is_dense: 
             assert_fits(kernel)
             # On Hopper the assembler waits for each product when it loses sight of the sums' registers.
             assert kernel.count("WARPGROUP.DEPBAR") <= 6
+
+
+@pytest.mark.parametrize(("head_dim", "group", "dtype"), [(128, 4, "fp16"), (64, 7, "bf16")])
+def test_the_kernel_for_hopper_compiles(head_dim: int, group: int, dtype: str) -> None:
+    compiled = compile_kernel(
+        _hopper_prefill_kernel,
+        {"places": f"tensordesc<{dtype}[{TILE_TOKENS}, {head_dim}],{_LAYOUT!r}>"}
+        | dict.fromkeys(("query", "out"), f"*{dtype}")
+        | dict.fromkeys(("query_starts", "context_lens"), "*i32")
+        | {"num_sequences": "i32", "num_blocks": "i32", "scale_log2": "fp32"},
+        {
+            "KV_HEADS": 8, "GROUP": group, "GROUP_ROWS": 2 ** (group - 1).bit_length(), "HEAD_DIM": head_dim,
+            "BLOCK_SIZE": 64, "SEQUENCES": 16, "ROWS": TILE_ROWS, "TILE": TILE_TOKENS, "STAGES": _NUM_STAGES,
+            "PDL": True,
+        },
+        90, num_warps=4, maxnreg=_REGISTERS_AT_LAUNCH, wants_sass=True,
+    )  # fmt: skip
+    assert_fits(compiled)
+    # Two groups, two loops, two waits a round: where the assembler loses sight of registers, it waits for each product.
+    assert compiled.count("WARPGROUP.DEPBAR") <= 8
 
 
 @pytest.mark.parametrize(("bits", "head_dim"), [(4, 64), (4, 128), (8, 128)])

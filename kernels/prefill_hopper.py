@@ -1,0 +1,374 @@
+"""Causal attention of long prompt chunks for Hopper: one warp fetches the context, two groups of four warps attend.
+
+What prefill_attention.py's kernel cannot do in plain Triton (FlashAttention-3, Shah et al. 2024): the fetching warp
+runs ahead through a ring of shared memory (TMA), and each group of warps waits for its own data alone, so that one
+group's softmax runs while the other one multiplies. Takes contexts that were dequantized into scratch, whose places
+past a context's end are zeros; a row's bits are not those of the other kernel.
+"""
+
+import torch
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia import hopper
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from .launch import launch
+from .w4a16_tiles import has_wgmma
+
+TILE_ROWS = 128  # tokens times query heads of a group
+# A step takes two tiles of the context, so that the softmax's maximum and rescaling come once for both.
+TILE_TOKENS = 64
+_NUM_STAGES = 2
+_FETCHING_REGISTERS = gl.constexpr(24)
+_ATTENDING_REGISTERS = gl.constexpr(240)
+_REGISTERS_AT_LAUNCH = 168  # of 384 threads: two attending groups and the fetching warp's
+_LAYOUT = gl.NVMMASharedLayout(128, 16, rank=2)
+# The name changed after Triton 3.7.
+_copy = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+
+
+@gluon.jit
+def _wait_for_previous_kernel():  # type: ignore[no-untyped-def]
+    gl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def _release_next_kernel():  # type: ignore[no-untyped-def]
+    gl.inline_asm_elementwise(
+        "griddepcontrol.launch_dependents; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
+def _exp2(x):  # type: ignore[no-untyped-def]
+    return gl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def _add(a, b):  # type: ignore[no-untyped-def]
+    return a + b
+
+
+@gluon.jit
+def _find_tile(  # type: ignore[no-untyped-def]
+    query_starts,
+    context_lens,
+    num_sequences,
+    tile,
+    SEQUENCES: gl.constexpr,
+    BLOCK_SIZE: gl.constexpr,
+    TOKENS: gl.constexpr,
+):
+    """Return the tile's sequence, its number there from the end, query start and length, context length, first block.
+
+    A tile past the last one has sequence num_sequences.
+    """
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    sequences = gl.arange(0, SEQUENCES, LAYOUT)
+    is_real = sequences < num_sequences
+    starts = gl.load(query_starts + sequences, mask=is_real, other=0)
+    lens = gl.load(query_starts + 1 + sequences, mask=is_real, other=0) - starts
+    contexts = gl.load(context_lens + sequences, mask=is_real, other=0)
+    past = gl.associative_scan((lens + TOKENS - 1) // TOKENS, 0, _add)
+    sequence = gl.minimum(gl.sum((past <= tile).to(gl.int32), axis=0), num_sequences)
+    is_sequence = sequences == sequence
+    number = gl.sum(gl.where(is_sequence, past, 0), axis=0) - 1 - tile
+    query_start = gl.sum(gl.where(is_sequence, starts, 0), axis=0)
+    query_len = gl.sum(gl.where(is_sequence, lens, 0), axis=0)
+    context_len = gl.sum(gl.where(is_sequence, contexts, 0), axis=0)
+    blocks = (contexts + BLOCK_SIZE - 1) // BLOCK_SIZE
+    first_block = gl.sum(gl.where(sequences < sequence, blocks, 0), axis=0)
+    return sequence, number, query_start, query_len, context_len, first_block
+
+
+@gluon.jit
+def _fetch(  # type: ignore[no-untyped-def]
+    places,
+    rings,
+    num_steps,
+    context_len,
+    first_row,
+    row_step,
+    value_rows,
+    BLOCK_SIZE: gl.constexpr,
+    TILE: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    """Keep both rings full: for each step two tiles of keys, then two tiles of values."""
+    key_ring, value_ring, keys_full, keys_empty, values_full, values_empty = rings
+    BYTES: gl.constexpr = 2 * TILE * key_ring.shape[2] * 2
+    last_tile = (context_len - 1) // TILE
+    for i in range(num_steps):
+        stage = i % STAGES
+        parity = (i // STAGES - 1) & 1
+        # Past the context's end the last tile comes again: what is there is masked, but must be numbers.
+        first = 2 * i * TILE
+        second = gl.minimum(2 * i + 1, last_tile) * TILE
+        first = first_row + first // BLOCK_SIZE * row_step + first % BLOCK_SIZE
+        second = first_row + second // BLOCK_SIZE * row_step + second % BLOCK_SIZE
+        if i >= STAGES:
+            mbarrier.wait(keys_empty.index(stage), parity)
+        mbarrier.expect(keys_full.index(stage), BYTES)
+        _copy(places, [first, 0], keys_full.index(stage), key_ring.index(2 * stage))
+        _copy(places, [second, 0], keys_full.index(stage), key_ring.index(2 * stage + 1))
+        if i >= STAGES:
+            mbarrier.wait(values_empty.index(stage), parity)
+        mbarrier.expect(values_full.index(stage), BYTES)
+        _copy(places, [first + value_rows, 0], values_full.index(stage), value_ring.index(2 * stage))
+        _copy(places, [second + value_rows, 0], values_full.index(stage), value_ring.index(2 * stage + 1))
+
+
+@gluon.jit
+def _begin_scores(i, queries, rings, TILE: gl.constexpr, STAGES: gl.constexpr):  # type: ignore[no-untyped-def]
+    """Begin to multiply the queries with a step's two tiles of keys, once those are there."""
+    key_ring, _, keys_full, _, _, _ = rings
+    SCORES: gl.constexpr = queries.type.layout.parent
+    stage = i % STAGES
+    nothing = gl.zeros([64, TILE], gl.float32, SCORES)
+    mbarrier.wait(keys_full.index(stage), (i // STAGES) & 1)
+    first = hopper.warpgroup_mma(
+        queries, key_ring.index(2 * stage).permute([1, 0]), nothing, use_acc=False, is_async=True
+    )
+    second = hopper.warpgroup_mma(
+        queries, key_ring.index(2 * stage + 1).permute([1, 0]), nothing, use_acc=False, is_async=True
+    )
+    return first, second
+
+
+@gluon.jit
+def _begin_values(  # type: ignore[no-untyped-def]
+    i,
+    state,
+    rings,
+    position,
+    scale_log2,
+    TILE: gl.constexpr,
+    STAGES: gl.constexpr,
+    MASKED: gl.constexpr,
+):
+    """Make weights of a step's scores and begin to multiply them with its values."""
+    _, value_ring, _, _, values_full, _ = rings
+    largest, denominator, total, first, second = state
+    SCORES: gl.constexpr = first.type.layout
+    OUT: gl.constexpr = total.type.layout
+    WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, OUT, 2)
+    DTYPE: gl.constexpr = value_ring.dtype
+    if MASKED:
+        token = 2 * i * TILE + gl.arange(0, TILE, gl.SliceLayout(0, SCORES))
+        first = gl.where(gl.expand_dims(token, 0) <= gl.expand_dims(position, 1), first, float("-inf"))
+        second = gl.where(gl.expand_dims(token + TILE, 0) <= gl.expand_dims(position, 1), second, float("-inf"))
+    new_largest = gl.maximum(largest, gl.max(gl.maximum(first, second), axis=1))
+    shift = gl.expand_dims(new_largest * scale_log2, 1)
+    first = _exp2(first * scale_log2 - shift)
+    second = _exp2(second * scale_log2 - shift)
+    rescale = _exp2((largest - new_largest) * scale_log2)
+    denominator = denominator * rescale + gl.sum(first + second, axis=1)
+    total *= gl.expand_dims(gl.convert_layout(rescale, gl.SliceLayout(1, OUT)), 1)
+    first_weights = gl.convert_layout(first.to(DTYPE), WEIGHTS)
+    second_weights = gl.convert_layout(second.to(DTYPE), WEIGHTS)
+    stage = i % STAGES
+    mbarrier.wait(values_full.index(stage), (i // STAGES) & 1)
+    total = hopper.warpgroup_mma(first_weights, value_ring.index(2 * stage), total, is_async=True)
+    total = hopper.warpgroup_mma(second_weights, value_ring.index(2 * stage + 1), total, is_async=True)
+    return new_largest, denominator, total
+
+
+@gluon.jit
+def _step(  # type: ignore[no-untyped-def]
+    i,
+    state,
+    queries,
+    rings,
+    position,
+    scale_log2,
+    TILE: gl.constexpr,
+    STAGES: gl.constexpr,
+    MASKED: gl.constexpr,
+):
+    """Take two tiles of the context, whose scores are in the state, and have those of the next two when this returns.
+
+    Both products run one behind the other, so that the other group has the time of both for its own weights.
+    """
+    _, _, _, keys_empty, _, values_empty = rings
+    largest, denominator, total = _begin_values(i, state, rings, position, scale_log2, TILE, STAGES, MASKED)
+    first, second = _begin_scores(i + 1, queries, rings, TILE, STAGES)
+    total, first, second = hopper.warpgroup_mma_wait(0, deps=[total, first, second])
+    mbarrier.arrive(values_empty.index(i % STAGES), count=1)
+    mbarrier.arrive(keys_empty.index((i + 1) % STAGES), count=1)
+    return largest, denominator, total, first, second
+
+
+@gluon.jit
+def _places(  # type: ignore[no-untyped-def]
+    group,
+    first_row,
+    num_tokens,
+    HEADS: gl.constexpr,
+    GROUP: gl.constexpr,
+    GROUP_ROWS: gl.constexpr,
+    HEAD_DIM: gl.constexpr,
+    LAYOUT: gl.constexpr,
+):
+    """Return where the group's rows are among [tokens * HEADS, HEAD_DIM], and which of them there are."""
+    row = group * 64 + gl.arange(0, 64, gl.SliceLayout(1, LAYOUT))
+    is_row = (row // GROUP_ROWS < num_tokens) & (row % GROUP_ROWS < GROUP)
+    first = (first_row + row // GROUP_ROWS * HEADS + row % GROUP_ROWS).to(gl.int64) * HEAD_DIM
+    elements = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, LAYOUT))
+    return gl.expand_dims(first, 1) + gl.expand_dims(elements, 0), gl.expand_dims(is_row, 1)
+
+
+@gluon.jit
+def _attend(  # type: ignore[no-untyped-def]
+    group,
+    task,
+    rings,
+    HEADS: gl.constexpr,
+    GROUP: gl.constexpr,
+    GROUP_ROWS: gl.constexpr,
+    HEAD_DIM: gl.constexpr,
+    TILE: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    """Attend for 64 rows of the tile: the work of one group of four warps."""
+    query, out, first_row, num_tokens, first_position, num_full, num_steps, scale_log2 = task
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, TILE, 16])
+    OUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, HEAD_DIM, 16])
+    ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [256 // HEAD_DIM, HEAD_DIM // 8], [4, 1], [1, 0])
+    places, is_row = _places(group, first_row, num_tokens, HEADS, GROUP, GROUP_ROWS, HEAD_DIM, ROWS)
+    queries = gl.load(query + places, mask=is_row, other=0.0)
+    queries = gl.convert_layout(queries, gl.DotOperandLayout(0, SCORES, 2))
+    position = first_position + (group * 64 + gl.arange(0, 64, gl.SliceLayout(1, SCORES))) // GROUP_ROWS
+
+    largest = gl.full([64], float("-inf"), gl.float32, gl.SliceLayout(1, SCORES))
+    denominator = gl.zeros([64], gl.float32, gl.SliceLayout(1, SCORES))
+    total = gl.zeros([64, HEAD_DIM], gl.float32, OUT)
+    if num_steps > 0:
+        first, second = _begin_scores(0, queries, rings, TILE, STAGES)
+        first, second = hopper.warpgroup_mma_wait(0, deps=[first, second])
+        mbarrier.arrive(rings[3].index(0), count=1)
+        state = (largest, denominator, total, first, second)
+        last = num_steps - 1
+        for i in range(gl.minimum(num_full, last)):
+            state = _step(i, state, queries, rings, position, scale_log2, TILE, STAGES, False)
+        for i in range(gl.minimum(num_full, last), last):
+            state = _step(i, state, queries, rings, position, scale_log2, TILE, STAGES, True)
+        largest, denominator, total = _begin_values(last, state, rings, position, scale_log2, TILE, STAGES, True)
+        total = hopper.warpgroup_mma_wait(0, deps=[total])
+    _release_next_kernel()
+    total /= gl.expand_dims(gl.convert_layout(denominator, gl.SliceLayout(1, OUT)), 1)
+    places, is_row = _places(group, first_row, num_tokens, HEADS, GROUP, GROUP_ROWS, HEAD_DIM, OUT)
+    gl.store(out + places, total.to(out.dtype.element_ty), mask=is_row)
+
+
+@gluon.jit(do_not_specialize=["num_sequences", "num_blocks"])
+def _hopper_prefill_kernel(  # type: ignore[no-untyped-def]
+    places,
+    query,
+    query_starts,
+    context_lens,
+    out,
+    num_sequences,
+    num_blocks,
+    scale_log2,
+    KV_HEADS: gl.constexpr,
+    GROUP: gl.constexpr,
+    GROUP_ROWS: gl.constexpr,
+    HEAD_DIM: gl.constexpr,
+    BLOCK_SIZE: gl.constexpr,
+    SEQUENCES: gl.constexpr,
+    ROWS: gl.constexpr,
+    TILE: gl.constexpr,
+    STAGES: gl.constexpr,
+    PDL: gl.constexpr,
+):
+    TOKENS: gl.constexpr = ROWS // GROUP_ROWS
+    key_ring = gl.allocate_shared_memory(places.dtype, [2 * STAGES, TILE, HEAD_DIM], places.layout)
+    value_ring = gl.allocate_shared_memory(places.dtype, [2 * STAGES, TILE, HEAD_DIM], places.layout)
+    keys_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    keys_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    values_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    values_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(keys_full.index(stage), count=1)
+        mbarrier.init(keys_empty.index(stage), count=2)
+        mbarrier.init(values_full.index(stage), count=1)
+        mbarrier.init(values_empty.index(stage), count=2)
+    hopper.fence_async_shared()
+    if PDL:
+        _wait_for_previous_kernel()
+    kv_head = gl.program_id(0)
+    sequence, number, query_start, query_len, context_len, first_block = _find_tile(
+        query_starts, context_lens, num_sequences, gl.program_id(1), SEQUENCES, BLOCK_SIZE, TOKENS
+    )
+    is_tile = sequence < num_sequences
+    first_token = number * TOKENS
+    num_tokens = gl.where(is_tile, query_len - first_token, 0)
+    first_position = context_len - query_len + first_token
+    end = gl.minimum(first_position + TOKENS, context_len)
+    num_steps = gl.where(is_tile, (end + 2 * TILE - 1) // (2 * TILE), 0)
+    num_full = gl.minimum((first_position + 1) // (2 * TILE), num_steps)
+    first_row = (first_block * KV_HEADS + kv_head) * BLOCK_SIZE
+    value_rows = num_blocks * (KV_HEADS * BLOCK_SIZE)
+    rings = (key_ring, value_ring, keys_full, keys_empty, values_full, values_empty)
+    HEADS: gl.constexpr = KV_HEADS * GROUP
+    query_row = (query_start + first_token) * HEADS + kv_head * GROUP
+    task = (query, out, query_row, num_tokens, first_position, num_full, num_steps, scale_log2)
+    # fmt: off
+    gl.warp_specialize([
+        (_attend, (0, task, rings, HEADS, GROUP, GROUP_ROWS, HEAD_DIM, TILE, STAGES)),
+        (_attend, (1, task, rings, HEADS, GROUP, GROUP_ROWS, HEAD_DIM, TILE, STAGES)),
+        (_fetch, (places, rings, num_steps, context_len, first_row, KV_HEADS * BLOCK_SIZE, value_rows,
+                  BLOCK_SIZE, TILE, STAGES)),
+    ], [4, 1], [_ATTENDING_REGISTERS, _FETCHING_REGISTERS])
+    # fmt: on
+
+
+def can_attend_dense(device: torch.device, block_size: int, sliding_window: int | None) -> bool:
+    """Say whether `attend_dense` takes such contexts."""
+    return has_wgmma(device) and block_size % TILE_TOKENS == 0 and sliding_window is None
+
+
+def attend_dense(
+    query: torch.Tensor,
+    contexts: torch.Tensor,
+    query_starts: torch.Tensor,
+    context_lens: torch.Tensor,
+    out: torch.Tensor,
+    *,
+    num_tiles: int,
+    group_rows: int,
+    num_sequence_places: int,
+    scale_log2: float,
+) -> None:
+    """Attend over `contexts`, as `attention_scratch.dequantize_contexts` returns them; else see `prefill_attention`.
+
+    num_tiles bounds the tiles of TILE_ROWS rows, group_rows to a token; num_sequence_places is a power of two.
+    """
+    _, num_blocks, num_kv_heads, block_size, head_dim = contexts.shape
+    num_heads = query.shape[1]
+    places = contexts.view(-1, head_dim)
+    launch(
+        _hopper_prefill_kernel,
+        (num_kv_heads, num_tiles),
+        query.device,
+        TensorDescriptor(places, list(places.shape), list(places.stride()), [TILE_TOKENS, head_dim], _LAYOUT),
+        query,
+        query_starts,
+        context_lens,
+        out,
+        context_lens.shape[0],
+        num_blocks,
+        scale_log2,
+        KV_HEADS=num_kv_heads,
+        GROUP=num_heads // num_kv_heads,
+        GROUP_ROWS=group_rows,
+        HEAD_DIM=head_dim,
+        BLOCK_SIZE=block_size,
+        SEQUENCES=num_sequence_places,
+        ROWS=TILE_ROWS,
+        TILE=TILE_TOKENS,
+        STAGES=_NUM_STAGES,
+        num_warps=4,
+        maxnreg=_REGISTERS_AT_LAUNCH,
+    )
