@@ -42,7 +42,7 @@ from .kv_cache import check_sizes, kv_words
 from .launch import (
     has_programmatic_launch,
     is_interpreted,
-    launch_options,
+    launch,
     release_next_kernel,
     wait_for_previous_kernel,
 )
@@ -164,6 +164,8 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
     blocks = tl.load(table + starts // BLOCK_SIZE, mask=starts < end, other=0)
 
     wait_for_previous_kernel(PDL)
+    # Early, unlike in other kernels: much of this one is waiting, in which the next one fetches its weights.
+    release_next_kernel(PDL)
     heads = tl.arange(0, COLUMNS)
     elements = tl.arange(0, HALF)[None, :]
     qkv_row = qkv + row.to(tl.int64) * qkv_stride
@@ -262,7 +264,6 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
             weight_sum = weight_sum * rescale + tl.sum(rounded.to(tl.float32), axis=1)
             values = value_operand(value_words, HEAD_DIM, BITS, ASSEMBLY)
             total = multiply(values, rounded, total * rescale[:, None, :], ASSEMBLY)
-    release_next_kernel(PDL)
 
     if BITS != 16:
         total += (minimums - (VALUE_BIAS_4 if BITS == 4 else VALUE_BIAS_8) * weight_sum)[:, None, :]
@@ -357,7 +358,10 @@ def decode_attention(
         raise ValueError(f"the workspace was allocated for {workspace.max_rows} rows of another shape; got {num_rows}")
     data, scales = kv_words(kv_data, kv_scales)
     tile_tokens = (_TILE_TOKENS if has_programmatic_launch(qkv.device) else _OLDER_TILE_TOKENS)[bits]
-    _decode_kernel[(num_kv_heads, num_rows + workspace.num_splits)](
+    launch(
+        _decode_kernel,
+        (num_kv_heads, num_rows + workspace.num_splits),
+        qkv.device,
         qkv,
         cosines,
         sines,
@@ -395,5 +399,4 @@ def decode_attention(
         ASSEMBLY=not is_interpreted(),
         num_warps=_NUM_WARPS[bits],
         num_stages=_NUM_STAGES[bits],
-        **launch_options(qkv.device),
     )

@@ -20,6 +20,9 @@ _NUM_WARPS = 8
 _MOST_PARTS = 8
 _ENOUGH_PROGRAMS = 128
 _ZERO_BLOCK = 1024
+# Up to here the next kernel may start as soon as this one has its input, to fetch its weights meanwhile: a decode step
+# of InternLM2.5-7B takes 1.80 ms instead of 1.82 for one row, on an H200, but 2.09 instead of 1.90 for four.
+_MOST_ROWS_TO_RELEASE_FIRST = 1
 
 
 @triton.jit
@@ -37,6 +40,7 @@ def _rms_norm_kernel(  # type: ignore[no-untyped-def]
     eps,
     HAS_ROWS: tl.constexpr,
     HAS_ZERO: tl.constexpr,
+    RELEASES_FIRST: tl.constexpr,
     BLOCK: tl.constexpr,
     PART_BLOCK: tl.constexpr,
     ZERO_BLOCK: tl.constexpr,
@@ -49,6 +53,8 @@ def _rms_norm_kernel(  # type: ignore[no-untyped-def]
     scale = tl.load(weight + part, mask=is_ours, other=0.0).to(tl.float32)
 
     wait_for_previous_kernel(PDL)
+    if RELEASES_FIRST:
+        release_next_kernel(PDL)
     source = row
     if HAS_ROWS:
         source = tl.load(rows + row).to(tl.int64)
@@ -69,7 +75,8 @@ def _rms_norm_kernel(  # type: ignore[no-untyped-def]
         for _ in range(tl.cdiv(zero_size, num_programs * ZERO_BLOCK)):
             tl.store(zero + offsets, tl.zeros((ZERO_BLOCK,), tl.float32), mask=offsets < zero_size)
             offsets += num_programs * ZERO_BLOCK
-    release_next_kernel(PDL)
+    if not RELEASES_FIRST:
+        release_next_kernel(PDL)
 
 
 def rms_norm(
@@ -120,6 +127,7 @@ def rms_norm(
         eps,
         HAS_ROWS=rows is not None,
         HAS_ZERO=zero is not None,
+        RELEASES_FIRST=num_rows <= _MOST_ROWS_TO_RELEASE_FIRST,
         BLOCK=block,
         PART_BLOCK=triton.next_power_of_2(part_columns),
         ZERO_BLOCK=_ZERO_BLOCK,

@@ -10,7 +10,10 @@ from lmdserve.kernels.rms_norm import _rms_norm_kernel
 POINTERS = ("x", "weight", "out", "rows", "zero")
 INTEGERS = ("x_stride", "out_stride", "num_columns", "part_columns", "zero_size")
 SIGNATURE = dict.fromkeys(POINTERS, "*fp32") | dict.fromkeys(INTEGERS, "i32") | {"eps": "fp32"}
-CONSTEXPRS = {"HAS_ROWS": False, "HAS_ZERO": False, "BLOCK": 4096, "PART_BLOCK": 4096, "ZERO_BLOCK": 1024}
+CONSTEXPRS = {
+    "HAS_ROWS": False, "HAS_ZERO": False, "RELEASES_FIRST": False, "BLOCK": 4096, "PART_BLOCK": 4096,
+    "ZERO_BLOCK": 1024,
+}  # fmt: skip
 
 
 def test_each_architecture_gets_its_own_binary() -> None:

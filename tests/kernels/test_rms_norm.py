@@ -96,8 +96,8 @@ def _compiled(num_columns: int, num_parts: int) -> dict[int, CompiledKernel]:
             "zero_size": "i32:16", "eps": "fp32",
         },
         {
-            "HAS_ROWS": True, "HAS_ZERO": True, "BLOCK": num_columns, "PART_BLOCK": num_columns // num_parts,
-            "ZERO_BLOCK": 1024,
+            "HAS_ROWS": True, "HAS_ZERO": True, "RELEASES_FIRST": True, "BLOCK": num_columns,
+            "PART_BLOCK": num_columns // num_parts, "ZERO_BLOCK": 1024,
         },
         num_warps=8,
         wants_sass=True,
