@@ -40,6 +40,7 @@ class CheckpointWriter:
         self._made = [folder for folder in (output, *output.parents) if not folder.exists()]
         self._shards: list[list[str]] = []  # the names of the tensors in each
         self._pending: dict[str, torch.Tensor] = {}
+        self._memory: set[int] = set()  # addresses of what is pending
         self._pending_bytes = 0
         self.total_bytes = 0
 
@@ -62,7 +63,7 @@ class CheckpointWriter:
         num_bytes = sum(tensor.nbytes for tensor in tensors.values())
         if self._pending and self._pending_bytes + num_bytes > _MAX_SHARD_BYTES:
             self._write_shard()
-        self._pending.update({name: tensor.contiguous() for name, tensor in tensors.items()})
+        self._pending.update({name: self._own(tensor) for name, tensor in tensors.items()})
         self._pending_bytes += num_bytes
         self.total_bytes += num_bytes
 
@@ -80,6 +81,12 @@ class CheckpointWriter:
         _write_json(part, config_json)
         part.rename(self._folder / "config.json")
 
+    def _own(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return the tensor in memory that no other has, as safetensors wants it: pytorch files keep ties."""
+        own = tensor.clone() if tensor.untyped_storage().data_ptr() in self._memory else tensor.contiguous()
+        self._memory.add(own.untyped_storage().data_ptr())
+        return own
+
     def _write_shard(self) -> None:
         part = self._part(len(self._shards))
         part.touch()
@@ -87,7 +94,7 @@ class CheckpointWriter:
         save_file(self._pending, part, metadata={"format": "pt"})
         part.chmod(mode)
         self._shards.append(list(self._pending))
-        self._pending, self._pending_bytes = {}, 0
+        self._pending, self._memory, self._pending_bytes = {}, set(), 0
 
     def _name_shards(self) -> None:
         weight_map: dict[str, str] = {}

@@ -182,8 +182,11 @@ def test_shards_have_an_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_pytorch_files_are_read_too(tmp_path: Path) -> None:
     folder, _ = source(tmp_path / "source", "gptq-act-order")
     expected = convert(folder, tmp_path / "one", to="compressed-tensors")
-    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.rotary_emb.inv_freq"] = tensors["model.norm.weight"][:8]  # kept as it is, and shares memory
+    torch.save(tensors, folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
+    expected["model.rotary_emb.inv_freq"] = tensors["model.rotary_emb.inv_freq"]
     assert_equal_tensors(convert(folder, tmp_path / "two", to="compressed-tensors"), expected)
     assert not (tmp_path / "two/pytorch_model.bin").exists()
 
