@@ -2,10 +2,12 @@
 
     python benchmarks/quantize_quality.py demo
     python benchmarks/quantize_quality.py ./internlm2_5-7b-chat --calib-dataset wikitext2 --eval-dataset wikitext2
+    python benchmarks/quantize_quality.py MODEL --other "another quantizer"=FOLDER
 
 All is measured on text that was not calibrated on, by the engine's own decoder with its KV cache in 16 bits. `demo` is
 calibrated on dialogues of its corpus and measured on held-out ones; other models take the options of `lmdserve
-quantize`. "fixed scales" is what is common where the search is left out: the ratio 0.5 for all channels.
+quantize`. `--other` adds a row for what something else made of the same model. "fixed scales" is what is common where
+the search is left out: the ratio 0.5 for all channels.
 """
 
 import dataclasses
@@ -79,6 +81,7 @@ WAYS = (
 def main() -> int:
     parser = OptionParser(description=__doc__)
     parser.add_argument("model")
+    parser.add_argument("--other", action="append", default=[], metavar="NAME=FOLDER")
     add_options(parser, QuantizeOptions, title="quantization")
     namespace = parser.parse_known(sys.argv[1:])
     options = dataclasses.replace(read_options(QuantizeOptions, namespace), skip_evaluation=True, overwrite=True)
@@ -87,7 +90,7 @@ def main() -> int:
         text = TextSide(*load_encoders(folder))
         if namespace.model == "demo":
             options, text = demo_text(options, folder, Path(scratch))
-        measure(folder, dataclasses.replace(options, work_dir=f"{scratch}/out"), text)
+        measure(folder, dataclasses.replace(options, work_dir=f"{scratch}/out"), text, namespace.other)
     return 0
 
 
@@ -104,7 +107,7 @@ def demo_text(options: QuantizeOptions, folder: Path, scratch: Path) -> tuple[Qu
     return named, TextSide(lambda text: tokenizer.encode_segments(tokenizer.split_control(text)), None)
 
 
-def measure(folder: Path, options: QuantizeOptions, text: TextSide) -> None:
+def measure(folder: Path, options: QuantizeOptions, text: TextSide, others: list[str]) -> None:
     device = torch.device("cuda" if options.device != "cpu" and torch.cuda.is_available() else "cpu")
     name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     source = SourceModel(folder)
@@ -127,6 +130,9 @@ def measure(folder: Path, options: QuantizeOptions, text: TextSide) -> None:
             with way.replaced():
                 made = quantize(folder, dataclasses.replace(options, **way.changes), text, lambda progress: None)
             print_row(way.name, evaluate(made, windows, device=device, kv_policies=(0,), reference=known)[0])
+        for other in others:
+            other_name, _, made = other.partition("=")
+            print_row(other_name, evaluate(Path(made), windows, device=device, kv_policies=(0,), reference=known)[0])
 
 
 def print_row(name: str, row: QualityRow) -> None:
