@@ -72,6 +72,10 @@ class LayerStore:
         with safe_open(self._path(layer), framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, no dictionary
 
+    def num_bytes(self, layer: int) -> int:
+        """Return what a finished layer takes."""
+        return self._path(layer).stat().st_size
+
     def notes(self, layer: int) -> Any:
         """Return what was noted of a finished layer."""
         with safe_open(self._path(layer), framework="pt") as file:

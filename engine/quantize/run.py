@@ -29,7 +29,7 @@ from .layer_store import LayerStore
 from .layered_reference import layered_reference
 from .options import QuantizeOptions
 from .progress import Progress, ProgressMeter
-from .report import FormatOfWeights, LayerRow, PeakMemory, Quality, Report, SizeBytes, write_report
+from .report import FormatOfWeights, LayerRow, PeakMemory, Quality, Report, SizeBytes, read_report, write_report
 from .rounding import Rounding
 from .source import SourceModel
 from .text import Encode, EncodeChat, TokenSource, calibration_windows, evaluation_windows, held_out_text, read_text
@@ -62,10 +62,17 @@ def quantize(
 ) -> Path:
     """Quantize the checkpoint in `source_folder` into `options.work_dir`, and return that folder.
 
-    Raises ConfigError for whatever the user can put right: the source, its weights, the text, the options, the disk.
+    Raises ConfigError for whatever the user can put right: the source, its weights, the text, the options, the disk,
+    the GPU's memory.
     """
-    with torch.inference_mode():
-        return _Run(source_folder, options, text, on_progress).run()
+    try:
+        with torch.inference_mode():
+            return _Run(source_folder, options, text, on_progress).run()
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(
+            f"the GPU has too little free memory ({str(error).partition('.')[0]}); give --batch-size 1 and a lower "
+            "--calib-seqlen, or --device cpu"
+        ) from None
 
 
 class _Run:
@@ -90,11 +97,15 @@ class _Run:
 
     def run(self) -> Path:
         self._meter.begin("read")
+        if self._is_finished():
+            self._meter.finish()
+            return self._output
         self._check_output()
         if len(self._quantizer.misfits) == len(LINEAR_KEYS):
             reasons = "; ".join(f"{key}: {reason}" for key, reason in self._quantizer.misfits.items())
             raise ConfigError(f"nothing of {self._source.folder} can be quantized like this ({reasons})")
         windows = self._windows()
+        evaluated = None if self._options.skip_evaluation else self._evaluated_windows()
         self._prepare_store(windows)
         try:
             self._search(windows)
@@ -103,12 +114,23 @@ class _Run:
             raise
         self._meter.begin("write")
         self._write()
-        quality = None if self._options.skip_evaluation else self._evaluate()
+        quality = None if evaluated is None else self._evaluate(evaluated)
         self._meter.end()
         write_report(self._output, self._report(quality))
         self._store.remove()
         self._meter.finish()
         return self._output
+
+    def _is_finished(self) -> bool:
+        """Say whether a run that is to be resumed had come to its end, all but the saying so."""
+        if not self._options.resume or self._options.overwrite or self._store.exists():
+            return False
+        try:
+            report = read_report(self._output)
+        except ConfigError:
+            return False
+        is_same = (report.source, report.format) == (str(self._source.folder), self._format())
+        return is_same and (self._output / "config.json").is_file()
 
     def _check_output(self) -> None:
         """Raise ConfigError when the output folder may not be written to."""
@@ -242,16 +264,21 @@ class _Run:
             ],
         )
 
-    def _evaluate(self) -> Quality:
-        """Measure the checkpoint against its source, on text that was not calibrated on."""
-        self._meter.begin("evaluate")
+    def _evaluated_windows(self) -> torch.Tensor:
+        """Return text that was not calibrated on; read at the start, so that what is wrong with it is said then."""
         options = self._options
-        name = options.eval_dataset or held_out_text(options.calib_dataset)
-        windows = evaluation_windows(
-            self._read_text(name, "evaluation"),
+        return evaluation_windows(
+            self._read_text(self._evaluated_text(), "evaluation"),
             seqlen=min(window_tokens(self._source.config), options.eval_tokens),
             max_tokens=options.eval_tokens,
         )
+
+    def _evaluated_text(self) -> str:
+        return self._options.eval_dataset or held_out_text(self._options.calib_dataset)
+
+    def _evaluate(self, windows: torch.Tensor) -> Quality:
+        """Measure the checkpoint against its source."""
+        self._meter.begin("evaluate")
         known, row = layered_reference(
             self._source,
             windows,
@@ -266,7 +293,7 @@ class _Run:
             reference=known,
             on_progress=lambda done: self._meter.part(0.25 + 0.75 * done),
         )
-        return Quality(text=name, num_tokens=windows.numel(), rows=[row, *rows])
+        return Quality(text=self._evaluated_text(), num_tokens=windows.numel(), rows=[row, *rows])
 
     def _batch_size(self, seqlen: int) -> int:
         return self._options.batch_size or max(1, _BATCH_TOKENS[self._device.type] // seqlen)
@@ -277,9 +304,7 @@ class _Run:
             source=str(self._source.folder),
             output=str(self._output),
             created=datetime.now(UTC).isoformat(timespec="seconds"),
-            format=FormatOfWeights(
-                method="awq", bits=options.w_bits, group_size=options.w_group_size, symmetric=options.w_sym
-            ),
+            format=self._format(),
             size_bytes=SizeBytes(before=_weight_bytes(self._source.folder), after=_weight_bytes(self._output)),
             layers=[
                 LayerRow(
@@ -297,14 +322,26 @@ class _Run:
             peak_memory_bytes=PeakMemory(device=_peak_device_bytes(self._device), host=_peak_host_bytes()),
         )
 
+    def _format(self) -> FormatOfWeights:
+        options = self._options
+        return FormatOfWeights(
+            method="awq", bits=options.w_bits, group_size=options.w_group_size, symmetric=options.w_sym
+        )
+
     def _stored_dtype(self, notes: Sequence[Mapping[str, Any]]) -> torch.dtype:
         """Return the type of the checkpoint; "auto" leaves float16 when something would not fit."""
-        if self._options.dtype != "auto":
-            return _DTYPES[self._options.dtype]
+        if self._options.dtype == "bfloat16":
+            return torch.bfloat16
         activation = max(note["largest_activation"] for note in notes)
         outer = (tensor.abs().amax() for tensor in self._source.outer_tensors().values())
         weight = max(float(max(outer)), *(note["largest_weight"] for note in notes))
-        if activation <= _LARGEST_FLOAT16_ACTIVATION and weight <= _LARGEST_FLOAT16_WEIGHT:
+        if self._options.dtype == "float16" and weight > _LARGEST_FLOAT16_WEIGHT:
+            raise ConfigError(
+                f"a weight that is not quantized reaches {weight:.0f}, and float16 ends at {_LARGEST_FLOAT16_WEIGHT}; "
+                "leave --dtype out, or give --dtype bfloat16"
+            )
+        fits = activation <= _LARGEST_FLOAT16_ACTIVATION and weight <= _LARGEST_FLOAT16_WEIGHT
+        if fits or self._options.dtype == "float16":
             return torch.float16
         logger.warning(
             "the checkpoint is bfloat16: activations reach %.0f and weights %.0f, and float16 ends at %d",

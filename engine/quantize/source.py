@@ -57,7 +57,7 @@ class SourceModel:
         return tensors[f"{names.final_norm}.weight"], tensors[f"{head}.weight"]
 
     def outer_tensors(self) -> dict[str, torch.Tensor]:
-        """Return what lies outside of the layers, by its name on disk: embedding, last norm, and head unless tied."""
+        """Return what lies outside of the layers, by name on disk: embedding first, last norm, head unless tied."""
         names, config = self.config.family.names, self.config
         tensors = {
             f"{names.embedding}.weight": self.embedding(),

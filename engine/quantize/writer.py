@@ -123,12 +123,14 @@ Part = Callable[[], dict[str, torch.Tensor]]
 
 def _shards(source: SourceModel, store: LayerStore, dtype: torch.dtype) -> Iterator[list[Part]]:
     """Yield what goes into each file, in the order of the model; every part is read when its file is written."""
-    outer = source.outer_tensors()
-    first, last = dict(list(outer.items())[:1]), dict(list(outer.items())[1:])
-    layers = [partial(store.tensors, layer) for layer in range(source.config.num_layers)]
-    parts: list[tuple[Part, int]] = [(lambda: first, _num_bytes(first))]
-    parts += [(layer, _num_bytes(layer())) for layer in layers]
-    parts.append((lambda: last, _num_bytes(last)))
+    (first, embedding), *others = source.outer_tensors().items()
+    before, after = {first: embedding}, dict(others)
+    layers = range(source.config.num_layers)
+    parts: list[tuple[Part, int]] = [
+        (lambda: before, _num_bytes(before)),
+        *((partial(store.tensors, layer), store.num_bytes(layer)) for layer in layers),
+        (lambda: after, _num_bytes(after)),
+    ]
     shard: list[Part] = []
     shard_bytes = 0
     for part, num_bytes in parts:
@@ -147,7 +149,7 @@ def _in_dtype(part: Part, dtype: torch.dtype) -> dict[str, torch.Tensor]:
 
 
 def _num_bytes(tensors: Mapping[str, torch.Tensor]) -> int:
-    return sum(tensor.numel() * (2 if tensor.is_floating_point() else tensor.itemsize) for tensor in tensors.values())
+    return sum(tensor.nbytes for tensor in tensors.values())
 
 
 def _copy_other_files(source: Path, output: Path) -> None:

@@ -1,11 +1,15 @@
 """AWQ's searches against the same searches written as loops over explicit inputs."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 
 from lmdserve.engine.quantize.rounding import Rounding, full_range, round_weight
 from lmdserve.engine.quantize.search import search_range, search_scale
 
+VECTORS = Path(__file__).parents[3] / "shared" / "fixtures" / "quant_formats.json"
 GROUP = 8
 ROUNDINGS = [
     Rounding(GROUP, symmetric, dtype) for symmetric in (False, True) for dtype in (torch.float16, torch.bfloat16)
@@ -42,6 +46,22 @@ def test_rounding_is_the_formats_definition(rounding: Rounding) -> None:
             expected = rounded_by_hand(part, min(0.0, *part), max(0.0, *part), rounding)
             found = actual.dequantized().view(5, 3, GROUP)[row, group]
             torch.testing.assert_close(found, torch.tensor(expected), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.skipif(not VECTORS.is_file(), reason="needs the vectors of quantized formats")
+def test_rounding_to_nearest_is_autoawqs() -> None:
+    """AutoAWQ's packer on the same weights: its zero points and scales, and its codes but for one tie."""
+    vectors = json.loads(VECTORS.read_text())
+    weight = torch.tensor(vectors["W"])
+    rounding = Rounding(8, False, torch.float16)
+    actual = round_weight(weight, *full_range(rounding.grouped(weight)), rounding)
+    assert actual.zeros.tolist() == vectors["zero_points_uint4[out][group]"]
+    scales = [[int(scale, 16) for scale in row] for row in vectors["asym_scales_fp16_hex[out][group]"]]
+    assert actual.scales.view(torch.int16).tolist() == scales
+    different = actual.codes.int() - torch.tensor(vectors["awq_gemm"]["int_weights[out][in]"])
+    assert different.abs().sum() <= 1
+    lost = torch.tensor(vectors["awq_gemm"]["dequantized[out][in]"]) - weight
+    assert (actual.dequantized() - weight).norm() <= lost.norm() + 1e-6
 
 
 @pytest.mark.parametrize("rounding", ROUNDINGS[::2], ids=str)
