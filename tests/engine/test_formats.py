@@ -124,14 +124,23 @@ def test_targets_name_the_linears_of_a_group(tmp_path: Path) -> None:
     assert_equals_transformers(tmp_path, "ct-sym", skip=skip, quantization=section)
 
 
-def test_the_config_may_lie_in_a_file_of_its_own(tmp_path: Path) -> None:
-    case, form = case_named("llama2"), FORMATS["gptq-act-order"]
+@pytest.mark.parametrize(
+    ("format_name", "file", "section"),
+    [
+        ("gptq-act-order", "quantize_config.json", {"bits": 4, "group_size": 32, "desc_act": True}),
+        ("awq", "quant_config.json", {"w_bit": 4, "q_group_size": 32, "zero_point": True, "version": "GEMM"}),
+    ],
+)
+def test_the_config_may_lie_in_a_file_of_its_own(
+    format_name: str, file: str, section: dict[str, Any], tmp_path: Path
+) -> None:
+    case, form = case_named("llama2"), FORMATS[format_name]
     model, linears = quantized_model(case, LinearSource(form, 32))
     write_quantized(tmp_path, case, model, linears, form, {})
     (tmp_path / "config.json").write_text(json.dumps(case.config_json()))
     with pytest.raises(ConfigError, match="needs its quantization_config"):
         logits(tmp_path)
-    (tmp_path / "quantize_config.json").write_text(json.dumps({"bits": 4, "group_size": 32, "desc_act": True}))
+    (tmp_path / file).write_text(json.dumps(section))
     assert (logits(tmp_path) - reference_logits(model, TOKENS)).abs().max() <= 1e-3
 
 
