@@ -65,8 +65,8 @@ def memory_without(running: EngineInfo, config: EngineConfig) -> MemoryDevice:
     """Return what an engine may take once the running one has given back its memory."""
     device = memory_left(config)
     if _is_on_cpu(config):
-        # The system counts what was never written as free, which is most of a KV cache on a CPU.
-        return device._replace(free_bytes=device.free_bytes + running.planned_bytes.get("weights", 0))
+        held_bytes = sum(running.planned_bytes.get(part, 0) for part in ("weights", "KV cache"))
+        return device._replace(free_bytes=device.free_bytes + held_bytes)
     return device._replace(free_bytes=device.free_bytes + torch.cuda.memory_reserved())
 
 
