@@ -120,26 +120,10 @@ def _fetch(  # type: ignore[no-untyped-def]
 
 
 @gluon.jit
-def _begin_scores(i, queries, rings, TILE: gl.constexpr, STAGES: gl.constexpr):  # type: ignore[no-untyped-def]
-    """Begin to multiply the queries with a step's two tiles of keys, once those are there."""
-    key_ring, _, keys_full, _, _, _ = rings
-    SCORES: gl.constexpr = queries.type.layout.parent
-    stage = i % STAGES
-    nothing = gl.zeros([64, TILE], gl.float32, SCORES)
-    mbarrier.wait(keys_full.index(stage), (i // STAGES) & 1)
-    first = hopper.warpgroup_mma(
-        queries, key_ring.index(2 * stage).permute([1, 0]), nothing, use_acc=False, is_async=True
-    )
-    second = hopper.warpgroup_mma(
-        queries, key_ring.index(2 * stage + 1).permute([1, 0]), nothing, use_acc=False, is_async=True
-    )
-    return first, second
-
-
-@gluon.jit
-def _begin_values(  # type: ignore[no-untyped-def]
+def _step(  # type: ignore[no-untyped-def]
     i,
     state,
+    queries,
     rings,
     position,
     scale_log2,
@@ -147,13 +131,25 @@ def _begin_values(  # type: ignore[no-untyped-def]
     STAGES: gl.constexpr,
     MASKED: gl.constexpr,
 ):
-    """Make weights of a step's scores and begin to multiply them with its values."""
-    _, value_ring, _, _, values_full, _ = rings
-    largest, denominator, total, first, second = state
-    SCORES: gl.constexpr = first.type.layout
+    """Take two tiles of the context into the rows' softmax state (largest raw score, denominator, total)."""
+    key_ring, value_ring, keys_full, keys_empty, values_full, values_empty = rings
+    largest, denominator, total = state
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, TILE, 16])
     OUT: gl.constexpr = total.type.layout
     WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, OUT, 2)
-    DTYPE: gl.constexpr = value_ring.dtype
+    DTYPE: gl.constexpr = key_ring.dtype
+    stage = i % STAGES
+    parity = (i // STAGES) & 1
+    nothing = gl.zeros([64, TILE], gl.float32, SCORES)
+    mbarrier.wait(keys_full.index(stage), parity)
+    first = hopper.warpgroup_mma(
+        queries, key_ring.index(2 * stage).permute([1, 0]), nothing, use_acc=False, is_async=True
+    )
+    second = hopper.warpgroup_mma(
+        queries, key_ring.index(2 * stage + 1).permute([1, 0]), nothing, use_acc=False, is_async=True
+    )
+    first, second = hopper.warpgroup_mma_wait(0, deps=[first, second])
+    mbarrier.arrive(keys_empty.index(stage), count=1)
     if MASKED:
         token = 2 * i * TILE + gl.arange(0, TILE, gl.SliceLayout(0, SCORES))
         first = gl.where(gl.expand_dims(token, 0) <= gl.expand_dims(position, 1), first, float("-inf"))
@@ -167,36 +163,12 @@ def _begin_values(  # type: ignore[no-untyped-def]
     total *= gl.expand_dims(gl.convert_layout(rescale, gl.SliceLayout(1, OUT)), 1)
     first_weights = gl.convert_layout(first.to(DTYPE), WEIGHTS)
     second_weights = gl.convert_layout(second.to(DTYPE), WEIGHTS)
-    stage = i % STAGES
-    mbarrier.wait(values_full.index(stage), (i // STAGES) & 1)
+    mbarrier.wait(values_full.index(stage), parity)
     total = hopper.warpgroup_mma(first_weights, value_ring.index(2 * stage), total, is_async=True)
     total = hopper.warpgroup_mma(second_weights, value_ring.index(2 * stage + 1), total, is_async=True)
+    total = hopper.warpgroup_mma_wait(0, deps=[total])
+    mbarrier.arrive(values_empty.index(stage), count=1)
     return new_largest, denominator, total
-
-
-@gluon.jit
-def _step(  # type: ignore[no-untyped-def]
-    i,
-    state,
-    queries,
-    rings,
-    position,
-    scale_log2,
-    TILE: gl.constexpr,
-    STAGES: gl.constexpr,
-    MASKED: gl.constexpr,
-):
-    """Take two tiles of the context, whose scores are in the state, and have those of the next two when this returns.
-
-    Both products run one behind the other, so that the other group has the time of both for its own weights.
-    """
-    _, _, _, keys_empty, _, values_empty = rings
-    largest, denominator, total = _begin_values(i, state, rings, position, scale_log2, TILE, STAGES, MASKED)
-    first, second = _begin_scores(i + 1, queries, rings, TILE, STAGES)
-    total, first, second = hopper.warpgroup_mma_wait(0, deps=[total, first, second])
-    mbarrier.arrive(values_empty.index(i % STAGES), count=1)
-    mbarrier.arrive(keys_empty.index((i + 1) % STAGES), count=1)
-    return largest, denominator, total, first, second
 
 
 @gluon.jit
@@ -243,18 +215,12 @@ def _attend(  # type: ignore[no-untyped-def]
     largest = gl.full([64], float("-inf"), gl.float32, gl.SliceLayout(1, SCORES))
     denominator = gl.zeros([64], gl.float32, gl.SliceLayout(1, SCORES))
     total = gl.zeros([64, HEAD_DIM], gl.float32, OUT)
-    if num_steps > 0:
-        first, second = _begin_scores(0, queries, rings, TILE, STAGES)
-        first, second = hopper.warpgroup_mma_wait(0, deps=[first, second])
-        mbarrier.arrive(rings[3].index(0), count=1)
-        state = (largest, denominator, total, first, second)
-        last = num_steps - 1
-        for i in range(gl.minimum(num_full, last)):
-            state = _step(i, state, queries, rings, position, scale_log2, TILE, STAGES, False)
-        for i in range(gl.minimum(num_full, last), last):
-            state = _step(i, state, queries, rings, position, scale_log2, TILE, STAGES, True)
-        largest, denominator, total = _begin_values(last, state, rings, position, scale_log2, TILE, STAGES, True)
-        total = hopper.warpgroup_mma_wait(0, deps=[total])
+    state = (largest, denominator, total)
+    for i in range(num_full):
+        state = _step(i, state, queries, rings, position, scale_log2, TILE, STAGES, False)
+    for i in range(num_full, num_steps):
+        state = _step(i, state, queries, rings, position, scale_log2, TILE, STAGES, True)
+    largest, denominator, total = state
     _release_next_kernel()
     total /= gl.expand_dims(gl.convert_layout(denominator, gl.SliceLayout(1, OUT)), 1)
     places, is_row = _places(group, first_row, num_tokens, HEADS, GROUP, GROUP_ROWS, HEAD_DIM, OUT)
