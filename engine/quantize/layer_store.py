@@ -38,19 +38,14 @@ class LayerStore:
         self._folder.mkdir(parents=True, exist_ok=True)
         write_atomically(self._folder / _STATE, json.dumps(dict(identity), indent=2).encode())
 
-    def check(self, identity: Mapping[str, Any]) -> None:
-        """Raise ConfigError naming what differs when the run here was begun with something else."""
+    def difference(self, identity: Mapping[str, Any]) -> str | None:
+        """Return what the run here was begun with that is something else in `identity`; None when nothing is."""
         try:
             known = json.loads((self._folder / _STATE).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise ConfigError(f"{self._folder} cannot be resumed ({error}); give --overwrite to start anew") from None
-        differing = sorted(key for key in {*identity, *known} if identity.get(key) != known.get(key))
-        if differing:
-            shown = "; ".join(f"{key} was {known.get(key)!r} and is {identity.get(key)!r}" for key in differing[:3])
-            raise ConfigError(
-                f"the run in {self._folder.parent} was begun with something else ({shown}); give the same again, or "
-                "--overwrite to start anew"
-            )
+        keys = sorted(key for key in {*identity, *known} if identity.get(key) != known.get(key))
+        return "; ".join(f"{key} was {known.get(key)!r} and is {identity.get(key)!r}" for key in keys) or None
 
     def has(self, layer: int) -> bool:
         """Say whether this layer is finished."""

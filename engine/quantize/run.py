@@ -104,6 +104,7 @@ class _Run:
         if len(self._quantizer.misfits) == len(LINEAR_KEYS):
             reasons = "; ".join(f"{key}: {reason}" for key, reason in self._quantizer.misfits.items())
             raise ConfigError(f"nothing of {self._source.folder} can be quantized like this ({reasons})")
+        largest_outer = max(float(tensor.abs().amax()) for tensor in self._source.outer_tensors().values())
         windows = self._windows()
         evaluated = None if self._options.skip_evaluation else self._evaluated_windows()
         self._prepare_store(windows)
@@ -113,7 +114,7 @@ class _Run:
             self._store.remove()
             raise
         self._meter.begin("write")
-        self._write()
+        self._write(largest_outer)
         quality = None if evaluated is None else self._evaluate(evaluated)
         self._meter.end()
         write_report(self._output, self._report(quality))
@@ -187,12 +188,17 @@ class _Run:
             "text": text,
             "computed in": f"{self._compute_dtype} on {self._device.type}",
         }
-        if self._store.exists() and self._options.resume and not self._options.overwrite:
-            self._store.check(identity)
-            return
+        if self._store.exists() and self._options.resume:
+            difference = self._store.difference(identity)
+            if difference is None:
+                return
+            if not self._options.overwrite:
+                raise ConfigError(
+                    f"the run in {self._output} was begun with something else ({difference}); give the same again, or "
+                    "--overwrite to start anew"
+                )
         check_space(self._output, self._source, self._rounding)
         try:
-            self._output.mkdir(parents=True, exist_ok=True)
             self._store.begin(identity)
         except OSError as error:
             raise ConfigError(
@@ -247,14 +253,14 @@ class _Run:
             seed=options.seed,
         )
 
-    def _write(self) -> None:
+    def _write(self, largest_outer: float) -> None:
         notes = [self._store.notes(layer) for layer in range(self._source.config.num_layers)]
         write_checkpoint(
             self._source,
             self._store,
             self._output,
             rounding=self._rounding,
-            dtype=self._stored_dtype(notes),
+            dtype=self._stored_dtype(notes, largest_outer),
             unquantized_modules=[
                 f"{layer_prefix(layer)}{name}"
                 for layer, note in enumerate(notes)
@@ -328,13 +334,12 @@ class _Run:
             method="awq", bits=options.w_bits, group_size=options.w_group_size, symmetric=options.w_sym
         )
 
-    def _stored_dtype(self, notes: Sequence[Mapping[str, Any]]) -> torch.dtype:
+    def _stored_dtype(self, notes: Sequence[Mapping[str, Any]], largest_outer: float) -> torch.dtype:
         """Return the type of the checkpoint; "auto" leaves float16 when something would not fit."""
         if self._options.dtype == "bfloat16":
             return torch.bfloat16
         activation = max(note["largest_activation"] for note in notes)
-        outer = (tensor.abs().amax() for tensor in self._source.outer_tensors().values())
-        weight = max(float(max(outer)), *(note["largest_weight"] for note in notes))
+        weight = max(largest_outer, *(note["largest_weight"] for note in notes))
         if self._options.dtype == "float16" and weight > _LARGEST_FLOAT16_WEIGHT:
             raise ConfigError(
                 f"a weight that is not quantized reaches {weight:.0f}, and float16 ends at {_LARGEST_FLOAT16_WEIGHT}; "

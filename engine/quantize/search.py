@@ -15,7 +15,8 @@ from .rounding import Rounding, full_range, grid_of, round_to_grid, rounded_in_p
 _NUM_RATIOS = 20
 _SMALLEST_SCALE = 1e-4
 _SMALLEST_MAGNITUDE = 1e-6
-_CLIPS = tuple(1 - step / 20 for step in range(11))  # parts of a group's range that are tried: 1, 0.95 .. 0.5
+# What both ends of a group's range are multiplied by, each a candidate: 1, 0.95 .. 0.5.
+_CLIPS = tuple((1 - step / 20, 1 - step / 20) for step in range(11))
 _CHUNK_WEIGHTS = 2**26  # of a weight in the search of ranges, which takes six copies of a chunk in float32
 
 ErrorOf = Callable[[torch.Tensor], torch.Tensor]
@@ -88,12 +89,15 @@ def _search_rows(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     low, high = full_range(grouped)
     best_error = torch.full_like(low, torch.inf)
-    best = torch.ones_like(low)
-    for clip in _CLIPS:
-        error = _error_of_range(grouped, low * clip, high * clip, products, rounding)
-        best = torch.where(error < best_error, clip, best)
+    best_low, best_high = low, high
+    for clip_low, clip_high in _CLIPS:
+        clipped_low, clipped_high = low * clip_low, high * clip_high
+        error = _error_of_range(grouped, clipped_low, clipped_high, products, rounding)
+        is_better = error < best_error
+        best_low = torch.where(is_better, clipped_low, best_low)
+        best_high = torch.where(is_better, clipped_high, best_high)
         best_error = torch.minimum(error, best_error)
-    return low * best, high * best
+    return best_low, best_high
 
 
 def _error_of_range(

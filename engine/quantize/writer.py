@@ -90,7 +90,14 @@ def write_checkpoint(
 
 def remove_checkpoint(output: Path) -> None:
     """Remove the files of a checkpoint that lies in `output`, config.json first; others stay."""
-    for pattern in ("config.json", "report.*", "model*.safetensors", "model*.safetensors.part", "*.index.json"):
+    for pattern in (
+        "config.json",
+        "report.json",
+        "report.html",
+        "model*.safetensors",
+        "model*.part",
+        "model.*.index.json",
+    ):
         for path in output.glob(pattern):
             path.unlink()
 

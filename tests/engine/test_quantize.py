@@ -180,6 +180,8 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
         quantize_folder(source, parts, **OPTIONS)
     with pytest.raises(ConfigError, match=r"w_sym was False and is True.*--overwrite"):
         quantize_folder(source, parts, **OPTIONS, w_sym=True, resume=True)
+    with pytest.raises(Interrupted):
+        quantize_folder(source, parts, **OPTIONS, resume=True, overwrite=True, interrupt_at_layer=1)
     for _ in range(2):  # to the end, and once more: whoever asked may not have heard that it had ended
         quantize_folder(source, parts, **OPTIONS, resume=True)
         assert weight_files(parts) == weight_files(whole)
@@ -268,13 +270,14 @@ def test_a_scale_past_the_range_of_its_type_keeps_all_parts_of_a_product(tmp_pat
     assert logits(output).isfinite().all()
 
 
+@pytest.mark.parametrize("name", ["model.layers.1.feed_forward.w3.weight", "output.weight"])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_a_weight_that_is_not_finite_is_named(value: float, tmp_path: Path) -> None:
+def test_a_weight_that_is_not_finite_is_named(name: str, value: float, tmp_path: Path) -> None:
     case = case_named("internlm2")
     tensors = case.tensors(case.reference_model())
-    tensors["model.layers.1.feed_forward.w3.weight"][1, 2] = value
+    tensors[name][1, 2] = value
     source = write_checkpoint(tmp_path / "source", case.config_json(), tensors)
-    with pytest.raises(ConfigError, match=r"tensor model.layers.1.feed_forward.w3.weight holds NaN or infinity"):
+    with pytest.raises(ConfigError, match=f"tensor {name} holds NaN or infinity"):
         quantize_folder(source, tmp_path / "out", **OPTIONS)
     assert not (tmp_path / "out").exists()
 

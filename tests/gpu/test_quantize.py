@@ -6,6 +6,8 @@ import pytest
 import torch
 from quantize_runs import DEMO, Interrupted, quantize_folder, relative_errors, weight_files
 
+from lmdserve.engine.quantize import hidden_states
+
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
@@ -20,6 +22,12 @@ def test_rounding_loses_no_more_than_on_a_cpu(tmp_path: Path) -> None:
     on_cpu = relative_errors(quantize_folder(DEMO, tmp_path / "cpu", device="cpu", **OPTIONS))
     assert on_gpu.keys() == on_cpu.keys()
     assert sum(on_gpu.values()) == pytest.approx(sum(on_cpu.values()), rel=0.03)
+
+
+def test_hidden_states_in_host_memory_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    on_device = quantize_folder(DEMO, tmp_path / "device", device="cuda", **OPTIONS)
+    monkeypatch.setattr(hidden_states, "_LARGEST_DEVICE_SHARE", 0.0)
+    assert weight_files(quantize_folder(DEMO, tmp_path / "host", device="cuda", **OPTIONS)) == weight_files(on_device)
 
 
 def test_a_run_that_goes_on_writes_the_same_bytes(tmp_path: Path) -> None:
