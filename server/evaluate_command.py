@@ -93,7 +93,7 @@ def _measure(
     """Return the name of each measured model and its row, those of the model compared with first."""
     import torch
 
-    from lmdserve.engine.quantize.evaluation import compare
+    from lmdserve.engine.quantize.comparison import compare
     from lmdserve.engine.quantize.evaluation import evaluate as run
 
     if options.device == "cuda" and not torch.cuda.is_available():

@@ -140,6 +140,21 @@ def reference_from(
     return reference, _row(config, 0, sums, reference)
 
 
+class ProgressShares:
+    """Joins the progress of several measurements of equal length."""
+
+    def __init__(self, on_progress: OnProgress | None, count: int) -> None:
+        self._on_progress = on_progress
+        self._count = count
+        self._begun = 0
+
+    def next(self, count: int = 1) -> OnProgress | None:
+        """Return what the next measurement, or the next few in one, reports to."""
+        on_progress, begun = self._on_progress, self._begun
+        self._begun += count
+        return None if on_progress is None else lambda share: on_progress((begun + count * share) / self._count)
+
+
 def evaluate(
     folder: Path,
     windows: torch.Tensor,
@@ -152,35 +167,8 @@ def evaluate(
 ) -> list[QualityRow]:
     """Measure one checkpoint on windows (int64 [num_windows, seqlen]), a row for each KV policy in their order."""
     model = LoadedModel(folder, device=device, dtype=dtype)
-    progress = _Shares(on_progress, len(kv_policies))
+    progress = ProgressShares(on_progress, len(kv_policies))
     return [model.measure(windows, policy, reference, progress.next()) for policy in kv_policies]
-
-
-def compare(
-    reference_folder: Path,
-    folder: Path,
-    windows: torch.Tensor,
-    *,
-    device: torch.device,
-    dtype: Dtype = "auto",
-    kv_policies: Sequence[QuantPolicy] = KV_POLICIES,
-    on_progress: OnProgress | None = None,
-) -> list[QualityRow]:
-    """Measure two checkpoints, one after the other in memory: first the rows of the reference, then the other's.
-
-    The first row is the reference with its KV cache in 16 bits; everything is relative to that one.
-    """
-    quantized = [policy for policy in kv_policies if policy != 0]
-    progress = _Shares(on_progress, 1 + len(quantized) + len(kv_policies))
-    model = LoadedModel(reference_folder, device=device, dtype=dtype)
-    reference, row = model.reference(windows, progress.next())
-    rows = [row, *(model.measure(windows, policy, reference, progress.next()) for policy in quantized)]
-    del model
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    model = LoadedModel(folder, device=device, dtype=dtype)
-    rows += (model.measure(windows, policy, reference, progress.next()) for policy in kv_policies)
-    return rows
 
 
 def _row(config: ModelConfig, quant_policy: QuantPolicy, sums: "_Sums", reference: Reference | None) -> QualityRow:
@@ -193,21 +181,6 @@ def _row(config: ModelConfig, quant_policy: QuantPolicy, sums: "_Sums", referenc
         kl_divergence=None if reference is None else _finite(sums.kl_divergence()),
         top1_agreement=None if reference is None else sums.top1_agreement(),
     )
-
-
-class _Shares:
-    """Joins the progress of several measurements of equal length."""
-
-    def __init__(self, on_progress: OnProgress | None, count: int) -> None:
-        self._on_progress = on_progress
-        self._count = count
-        self._begun = 0
-
-    def next(self) -> OnProgress | None:
-        """Return what the next measurement reports to."""
-        on_progress, begun = self._on_progress, self._begun
-        self._begun += 1
-        return None if on_progress is None else lambda share: on_progress((begun + share) / self._count)
 
 
 class _Sums:

@@ -13,8 +13,9 @@ from torch.nn import functional
 
 from lmdserve.engine import loader
 from lmdserve.engine.api import ConfigError
-from lmdserve.engine.quantize import evaluation, forward_pass
-from lmdserve.engine.quantize.evaluation import compare, evaluate
+from lmdserve.engine.quantize import comparison, evaluation, forward_pass
+from lmdserve.engine.quantize.comparison import compare
+from lmdserve.engine.quantize.evaluation import evaluate
 from lmdserve.engine.quantize.report import QualityRow
 
 CPU = torch.device("cpu")
@@ -144,6 +145,25 @@ def test_the_first_model_is_gone_before_the_second_comes(tmp_path: Path, monkeyp
     monkeypatch.setattr(evaluation, "load_model", load_model)
     compare(tmp_path, tmp_path, WINDOWS, device=CPU, kv_policies=(0, 8))
     assert alive == [0, 0]
+
+
+def test_a_reference_too_large_for_the_device_goes_through_it_in_layers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_model(tmp_path / "one", "internlm2")
+    write_model(tmp_path / "two", "internlm2", noise=0.02)
+    whole = compare(tmp_path / "one", tmp_path / "two", WINDOWS, device=CPU, kv_policies=(0,))
+    monkeypatch.setattr(comparison, "_is_too_large", lambda *_: True)
+    shares: list[float] = []
+    layered = compare(
+        tmp_path / "one", tmp_path / "two", WINDOWS, device=CPU, kv_policies=(0, 8), on_progress=shares.append
+    )
+    assert [row.kv_bits for row in layered] == [16, 16, 8]
+    for row, expected in zip(layered, whole, strict=False):
+        assert row.perplexity == pytest.approx(expected.perplexity, rel=1e-4)
+        assert row.kl_divergence == pytest.approx(expected.kl_divergence, rel=1e-3, abs=1e-7)
+    assert shares == sorted(shares)
+    assert shares[-1] == pytest.approx(1.0)
 
 
 def test_progress_rises_to_one(tmp_path: Path) -> None:

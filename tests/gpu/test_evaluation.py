@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import lmdserve
-from lmdserve.engine.quantize.evaluation import KV_POLICIES, LoadedModel, compare, evaluate
+from lmdserve.engine.quantize.comparison import compare
+from lmdserve.engine.quantize.evaluation import KV_POLICIES, LoadedModel, evaluate
 from lmdserve.engine.quantize.options import QuantizeOptions
 from lmdserve.engine.quantize.report import QualityRow
 from lmdserve.engine.quantize.run import TextSide, quantize
