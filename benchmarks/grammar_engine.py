@@ -137,9 +137,11 @@ async def measure(config: EngineConfig, batches: Sequence[int], kinds: Sequence[
     reply_lens = [128]
     for size in batches:
         for kind in sorted(kinds, key=lambda kind: kind == "free"):  # free replies are as long as the others were
+            if size == 1 and kind == "half free":
+                continue
             await run(engine, rules, kind, size, reply_lens, num_replies=1)
             result = await run(engine, rules, kind, size, reply_lens, num_replies=REPLIES_PER_CLIENT)
-            if kind != "free":
+            if result.reply_lens:
                 reply_lens = [round(statistics.mean(result.reply_lens))]
             print(row(kind, size, result), flush=True)
     await engine.stop(0.0)

@@ -100,7 +100,8 @@ class ReplyConstraint:
     def mask(self) -> bytes | None:
         """Return the tokens that may come next, a bit each, in words of 32; None: every token may."""
         if self._stage is _Stage.GRAMMAR:
-            return self._meter.mask_of(self._current_matcher())
+            mask = self._meter.mask_of(self._current_matcher())
+            return mask[: self._rules.sets.num_bytes]  # a whole word more where the vocabulary ends with a word
         bits = self._allowed()
         return None if bits is None else bits.to_bytes(self._rules.sets.num_bytes, "little")
 

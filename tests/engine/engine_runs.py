@@ -55,9 +55,9 @@ async def _run(engine: AsyncEngine, rounds: Sequence[Sequence[Request]]) -> Engi
     await engine.start()
     try:
         answers = [list(await asyncio.gather(*(_answer(engine, one) for one in requests))) for requests in rounds]
-        stats = engine.stats()
     finally:
         await engine.stop(0.0)
+    stats = engine.stats()  # a step that was launched for what had just ended is over now
     assert stats.num_used_blocks == 0
     return EngineRun(answers, stats)
 

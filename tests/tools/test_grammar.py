@@ -130,6 +130,20 @@ def test_refusals_say_why(compiler: GrammarCompiler, make: Any, words: str) -> N
     assert "x-guidance" not in str(caught.value)
 
 
+@pytest.mark.parametrize("num_unused", range(40))
+def test_masks_are_as_long_as_the_vocabulary_at_the_beginning_and_later(num_unused: int) -> None:
+    """llguidance's are a word longer where the vocabulary fills its last word."""
+    token_bytes = [*VOCABULARY.token_bytes, *[b""] * num_unused]
+    vocabulary = Vocabulary(token_bytes, VOCABULARY.control_ids, VOCABULARY.end_ids, VOCABULARY.encode)
+    grammar = GrammarCompiler(vocabulary).compile(regex_source("a[bc]"))
+    constraint = ReplyRules(sets=TokenSets(vocabulary), answer=grammar).new_constraint()
+    for token_id in b"ab":
+        mask = constraint.mask()
+        assert mask is not None
+        assert len(mask) == 4 * -(-len(token_bytes) // 32)
+        constraint.accept(token_id)
+
+
 def test_a_model_without_an_end_is_told_so() -> None:
     vocabulary = Vocabulary(VOCABULARY.token_bytes, VOCABULARY.control_ids, (), VOCABULARY.encode)
     with pytest.raises(GrammarError, match="no token that ends"):
