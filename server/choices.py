@@ -25,7 +25,7 @@ from lmdserve.tools.api import (
 from lmdserve.tools.constraint import ReplyRules
 from lmdserve.tools.reasoning import ReasoningFormat
 
-from .final_check import ReplyChecks
+from .final_check import ReplyCheck, ReplyChecks
 from .text import IncrementalDecoder, StopStrings, Tokenizer
 
 
@@ -71,6 +71,10 @@ class ChoicePlan:
             return parser
         openers = frozenset() if self.tool_format is None else self.tool_format.call_openers
         return self.reasoning_format.make_parser(parser, is_open=self.opens_in_reasoning, call_openers=openers)
+
+    def new_check(self) -> ReplyCheck | None:
+        """Return what checks the answer once it is whole, or None where nothing has to."""
+        return None if self.checks is None else self.checks.new_check(echo=self.echo or "")
 
     def markers(self, tokenizer: Tokenizer) -> dict[int, ControlToken]:
         """Return the control tokens that the parser is to see, by id; to a reader some of them are text."""
@@ -128,17 +132,19 @@ class ChoiceStream:
         self.is_over = finish_reason is not None
         return ChoiceUpdate(self.plan.index, _coalesce(events), tuple(entries), finish_reason)
 
+    async def checked(self, update: ChoiceUpdate, check: ReplyCheck) -> ChoiceUpdate:
+        """Return what of an update may leave; raise InvalidOutputError for what breaks its schema."""
+        events = await check.settle(update.events)
+        if update.finish_reason == "stop" and not self._stop_matched:
+            await check.check_answer()
+        return update._replace(events=events)
+
     def _feed_plain(self, chunk: Chunk) -> ChoiceUpdate:
         """Do what `feed` does with a chunk in the middle of an answer whose text nothing else reads: 2 us, not 5."""
         self.num_completion_tokens += len(chunk.token_ids)
         feed_one = self._decoder.feed_one
         text = "".join([piece for token_id in chunk.token_ids for piece in feed_one(token_id) if type(piece) is str])
         return ChoiceUpdate(self.plan.index, (ContentDelta(text),) if text else (), (), None)
-
-    @property
-    def is_cut_by_stop(self) -> bool:
-        """Whether a stop string ended the answer."""
-        return self._stop_matched
 
     @property
     def _is_cut(self) -> bool:
@@ -270,14 +276,12 @@ async def stream_updates(
 async def _run(engine: Engine, choice: ChoiceStream) -> AsyncGenerator[ChoiceUpdate, None]:
     plan = choice.plan
     chunks = cast("AsyncGenerator[Chunk, None]", engine.generate(plan.request))
-    check = None if plan.checks is None else plan.checks.new_check(echo=plan.echo or "")
+    check = plan.new_check()
     async with aclosing(chunks):
         async for chunk in chunks:
             update = choice.feed(chunk)
             if check is not None:
-                update = update._replace(events=await check.settle(update.events))
-                if update.finish_reason == "stop" and not choice.is_cut_by_stop:
-                    await check.check_answer()
+                update = await choice.checked(update, check)
             if update.events or update.entries or update.finish_reason:
                 yield update
             if choice.is_over:

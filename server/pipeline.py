@@ -12,17 +12,33 @@ import queue
 import threading
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self, cast
 
-from lmdserve.engine.api import Chunk, Engine, Request, SamplingParams, TokenLogprob
+import msgspec
+
+from lmdserve.engine.api import Chunk, Engine, TokenLogprob
 from lmdserve.engine.config import EngineConfig
 from lmdserve.engine.torch_setup import prepare_torch
-from lmdserve.tools.api import ContentDelta
+from lmdserve.tools.api import (
+    ContentDelta,
+    Event,
+    ReasoningDelta,
+    ToolCall,
+    ToolCallAborted,
+    ToolCallArguments,
+    ToolCallEnd,
+    ToolCallStart,
+    fold,
+)
 
-from .choices import ChoicePlan, ChoiceStream
+from .choices import ChoiceStream
+from .errors import BadRequestError
 from .model import ServedModel, load_served_model
+from .protocol import ChatRequest
+from .serving import make_serving
 
 Message = Mapping[str, Any]
 Prompt = str | Sequence[Message]
@@ -32,7 +48,10 @@ CLOSE_TIMEOUT_S = 10.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationConfig:
-    """How to generate, in LMDeploy's names. Greedy unless `do_sample`; then the sampling fields apply."""
+    """How to generate, in LMDeploy's names. Greedy unless `do_sample`; then the sampling fields apply.
+
+    The last four are the fields of the same names in /v1/chat/completions, and mean the same.
+    """
 
     max_new_tokens: int = 512
     min_new_tokens: int = 0
@@ -47,35 +66,57 @@ class GenerationConfig:
     stop_token_ids: Sequence[int] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
+    response_format: Mapping[str, Any] | None = None
+    tools: Sequence[Mapping[str, Any]] | None = None
+    tool_choice: str | Mapping[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
 
-    def sampling(self, turn_end_ids: frozenset[int]) -> SamplingParams:
-        """Return the engine's parameters; `turn_end_ids` end an answer unless `ignore_eos`."""
-        return SamplingParams(
-            temperature=self.temperature if self.do_sample else 0.0,
-            top_p=self.top_p,
-            top_k=self.top_k,
-            min_p=self.min_p,
-            seed=self.random_seed,
-            repetition_penalty=self.repetition_penalty,
-            max_tokens=self.max_new_tokens,
-            min_tokens=self.min_new_tokens,
-            stop_token_ids=frozenset(self.stop_token_ids) | (frozenset() if self.ignore_eos else turn_end_ids),
-            ignore_eos=self.ignore_eos,
-            num_logprobs=self.logprobs,
-        )
+    def request(self, messages: Sequence[Message]) -> ChatRequest:
+        """Return the chat request that asks for this; raise BadRequestError."""
+        fields = {
+            "messages": [dict(message) for message in messages],
+            "temperature": self.temperature if self.do_sample else 0.0,
+            "top_p": self.top_p,
+            "top_k": self.top_k,
+            "min_p": self.min_p,
+            "seed": self.random_seed,
+            "repetition_penalty": self.repetition_penalty,
+            "max_tokens": self.max_new_tokens,
+            "min_tokens": self.min_new_tokens,
+            "stop": list(self.stop_words) or None,
+            "stop_token_ids": list(self.stop_token_ids) or None,
+            "ignore_eos": self.ignore_eos,
+            "logprobs": self.logprobs is not None,
+            "top_logprobs": self.logprobs,
+            "response_format": self.response_format,
+            "tools": None if self.tools is None else list(self.tools),
+            "tool_choice": self.tool_choice,
+            "parallel_tool_calls": self.parallel_tool_calls,
+        }
+        try:
+            request = msgspec.convert(fields, ChatRequest)
+        except msgspec.ValidationError as error:
+            raise BadRequestError(str(error)) from error
+        request.check()
+        return request
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Response:
-    """An answer, or the next piece of one when streaming (then `text`, `token_ids`, `logprobs` are what is new)."""
+    """An answer, or the next piece of one when streaming, which holds what is new.
+
+    A tool call comes when it is whole.
+    """
 
     text: str
     token_ids: tuple[int, ...]
     index: int  # which prompt this answers
     input_token_len: int
     generate_token_len: int
-    finish_reason: str | None  # "stop", "length" or "abort"; None while more comes
+    finish_reason: str | None  # "stop", "length" or "tool_calls"; None while more comes
     logprobs: tuple[TokenLogprob, ...] | None = None
+    tool_calls: tuple[ToolCall, ...] = ()
+    reasoning: str = ""
 
 
 class Pipeline:
@@ -84,6 +125,8 @@ class Pipeline:
     def __init__(self, engine: Engine, model: ServedModel) -> None:
         self._engine = engine
         self._model = model
+        self._threads = ThreadPoolExecutor(1, thread_name_prefix="lmdserve-prompt")
+        self._serving = make_serving(engine, model, self._threads)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="lmdserve-pipeline", daemon=True)
         self._thread.start()
@@ -144,6 +187,8 @@ class Pipeline:
         if not self._thread.is_alive():
             return
         asyncio.run_coroutine_threadsafe(self._engine.stop(0.0), self._loop).result(CLOSE_TIMEOUT_S)
+        self._serving.close()
+        self._threads.shutdown(wait=False)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(CLOSE_TIMEOUT_S)
         self._loop.close()
@@ -180,20 +225,20 @@ class Pipeline:
         self, index: int, prompt: Prompt, config: GenerationConfig, put: Callable[[Response], None]
     ) -> None:
         messages: Sequence[Message] = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        renderer = self._model.renderer
-        request = Request(
-            uid=f"pipeline-{uuid.uuid4().hex}",
-            prompt_token_ids=renderer.render(messages),
-            sampling=config.sampling(renderer.stop_token_ids),
-        )
-        plan = ChoicePlan(index=index, request=request, stops=tuple(config.stop_words))
-        choice = ChoiceStream(plan, self._model.tokenizer)
-        async with contextlib.aclosing(cast("AsyncGenerator[Chunk, None]", self._engine.generate(request))) as chunks:
+        (plan,) = await self._serving.planner.plan_chat(config.request(messages), f"pipeline-{uuid.uuid4().hex}")
+        choice, check = ChoiceStream(plan, self._model.tokenizer), plan.new_check()
+        calls = _Calls()
+        chunks = cast("AsyncGenerator[Chunk, None]", self._engine.generate(plan.request))
+        async with contextlib.aclosing(chunks):
             async for chunk in chunks:
                 update = choice.feed(chunk)
+                if check is not None:
+                    update = await choice.checked(update, check)
                 put(
                     Response(
-                        text="".join(event.text for event in update.events if isinstance(event, ContentDelta)),
+                        text="".join(_text(event) for event in update.events),
+                        reasoning="".join(event.text for event in update.events if isinstance(event, ReasoningDelta)),
+                        tool_calls=calls.take(update.events),
                         token_ids=chunk.token_ids,
                         index=index,
                         input_token_len=choice.num_prompt_tokens,
@@ -222,6 +267,32 @@ def pipeline(model: str = "demo", engine_config: EngineConfig | None = None, **o
     return Pipeline(load_engine(dataclasses.replace(config, model=str(folder))), served)
 
 
+class _Calls:
+    """Puts the calls of one answer together."""
+
+    def __init__(self) -> None:
+        self._begun: list[Event] = []  # what there is of the call on its way
+
+    def take(self, events: Sequence[Event]) -> tuple[ToolCall, ...]:
+        """Take the next events and return the calls that are whole with them."""
+        whole: list[ToolCall] = []
+        for event in events:
+            if isinstance(event, ToolCallStart):
+                self._begun = [event]
+            elif isinstance(event, ToolCallArguments):
+                self._begun.append(event)
+            elif isinstance(event, ToolCallEnd):
+                whole += fold([*self._begun, event]).tool_calls
+        return tuple(whole)
+
+
+def _text(event: Event) -> str:
+    match event:
+        case ContentDelta(text) | ToolCallAborted(_, text):
+            return text
+    return ""
+
+
 def _is_one_prompt(prompts: Prompt | Sequence[Prompt]) -> bool:
     return isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], Mapping))
 
@@ -239,6 +310,8 @@ def _fold(pieces: Sequence[Response], num_prompts: int) -> list[Response]:
         dataclasses.replace(
             parts[-1],
             text="".join(part.text for part in parts),
+            reasoning="".join(part.reasoning for part in parts),
+            tool_calls=tuple(itertools.chain.from_iterable(part.tool_calls for part in parts)),
             token_ids=tuple(itertools.chain.from_iterable(part.token_ids for part in parts)),
             logprobs=_join_logprobs(parts),
         )

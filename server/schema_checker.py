@@ -34,7 +34,7 @@ class SchemaChecker:
         if self._process is not None:
             self._process.kill()
         self._thread.submit(self._end)
-        self._thread.shutdown(wait=True)
+        self._thread.shutdown(wait=False)
 
     def _ask(self, schema: str, value: str | None) -> str | None:
         question = orjson.dumps({"schema": schema, "value": value}) + b"\n"

@@ -1,12 +1,15 @@
 """The Python pipeline over a scripted engine: from plain code, from a running event loop, streamed and whole."""
 
 import asyncio
+import dataclasses
 from collections.abc import Iterator
 
 import pytest
+from schema_samples import tool
 from server_fakes import FakeEngine, answer, text_ids
 
 from lmdserve.engine.api import ConfigError, EngineDeadError, FinishReason, Request
+from lmdserve.server.errors import BadRequestError, InvalidOutputError
 from lmdserve.server.model import ServedModel
 from lmdserve.server.pipeline import GenerationConfig, Pipeline, Response, pipeline
 
@@ -101,6 +104,33 @@ def test_the_generation_config_reaches_the_engine(pipe: Pipeline, engine: FakeEn
     assert 65 in sampling.stop_token_ids
     pipe("Hello")
     assert engine.requests[-1].sampling.temperature == 0.0
+
+
+WEATHER = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+CALL = '<|action_start|><|plugin|>\n{"name": "weather", "parameters": {"city": "上海"}}<|action_end|>'
+
+
+def test_tools_are_offered_and_calls_come_whole(pipe: Pipeline, engine: FakeEngine) -> None:
+    engine.script = lambda request: answer("Hm. " + CALL + CALL)
+    config = GenerationConfig(tools=[tool("weather", WEATHER)])
+    response = pipe("How is it in 上海?", config)
+    assert (response.text, response.finish_reason) == ("Hm. ", "tool_calls")
+    assert [(call.name, call.arguments) for call in response.tool_calls] == [("weather", '{"city": "上海"}')] * 2
+    pieces = list(pipe.stream_infer("How is it?", config))
+    assert [len(piece.tool_calls) for piece in pieces if piece.tool_calls] == [1, 1]
+    assert engine.requests[-1].constraint is not None
+    assert pipe("Hi", dataclasses.replace(config, tool_choice="none")).tool_calls == ()
+
+
+def test_an_answer_obeys_its_format_or_is_an_error(pipe: Pipeline, engine: FakeEngine) -> None:
+    unique = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "array", "uniqueItems": True}}}
+    engine.script = lambda request: answer("[1, 1]")
+    with pytest.raises(InvalidOutputError, match="non-unique"):
+        pipe("Hi", GenerationConfig(response_format=unique))
+    assert engine.requests[-1].constraint is not None
+    for wrong in ({"type": "yaml"}, {"type": "json_schema", "json_schema": {"schema": {"minimum": "a"}}}):
+        with pytest.raises(BadRequestError, match="response_format"):
+            pipe("Hi", GenerationConfig(response_format=wrong))
 
 
 def test_closing_stops_the_engine_and_twice_is_harmless(engine: FakeEngine, model: ServedModel) -> None:
