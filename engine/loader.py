@@ -108,7 +108,9 @@ class _PendingModel:
         """Return the model; every target has been filled."""
         layers = [self._finished_layer(index, layer) for index, layer in enumerate(self._layers)]
         head: Linear = SharedLinear(self._embedding) if self._head is None else DenseLinear(self._head, None)
-        self._head = None
+        # Targets refer to linears and these to this object: without the circle, weights go with their decoder.
+        self.targets.clear()
+        self._layers, self._head = [], None
         return self._assembly.decoder(
             self._config, embedding=self._embedding, layers=layers, final_norm=self._final_norm, head=head
         )

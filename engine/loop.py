@@ -142,6 +142,7 @@ class AsyncEngine:
 
     def release(self) -> None:
         """Give the memory of weights and KV cache back, after `stop`."""
+        self._thread.shutdown()  # the end of the last step still holds them for a moment
         del self._runner, self._stepper
         return_freed_memory()
 

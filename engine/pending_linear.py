@@ -71,9 +71,11 @@ class PendingLinear:
             offset += module.out_features
 
     def result(self) -> Any:
-        """Return what `finish` made of the linear."""
+        """Hand over what `finish` made of the linear; nothing here refers to it afterwards."""
         assert self._built is not None, "all names were checked before the first tensor was read"
-        return self._built
+        built, self._built = self._built, None
+        self.targets.clear()
+        return built
 
     def _specs(self, in_features: int, out_features: int, has_bias: bool) -> Specs:
         specs: Specs = self._format.tensor_specs(in_features, out_features, self._scheme, self._dtype)
