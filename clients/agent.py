@@ -14,9 +14,11 @@ from typing import Any
 
 from .function_tools import FunctionTool, function_tools
 from .http import AsyncClient, Message
-from .wire import ClientError, Json
+from .wire import ChatReply, ClientError, Json, ServerError
 
 MAX_ROUNDS = 10
+MAX_ATTEMPTS = 3  # at one answer, where the model breaks a schema that no grammar enforces
+_INVALID_OUTPUT = "invalid_output"
 
 
 class AgentError(ClientError):
@@ -67,7 +69,7 @@ async def run_agent(
             on_message(message)
 
     for _ in range(max_rounds):
-        reply = await client.chat(conversation, model=model, **offer, **params)
+        reply = await _ask(client, conversation, model=model, **offer, **params)
         add(reply.message)
         if reply.finish_reason == "length":
             raise AgentError("the token limit cut the answer off; raise max_tokens", conversation)
@@ -77,6 +79,17 @@ async def run_agent(
         for message in await asyncio.gather(*(answer_call(call, tools) for call in calls)):
             add(message)
     raise AgentError(f"the model still called tools after {max_rounds} rounds; raise max_rounds", conversation)
+
+
+async def _ask(client: AsyncClient, conversation: Sequence[Message], **params: Any) -> ChatReply:
+    """Return the model's answer; one that the server withholds as invalid is drawn again."""
+    for _ in range(MAX_ATTEMPTS - 1):
+        try:
+            return await client.chat(conversation, **params)
+        except ServerError as error:
+            if error.code != _INVALID_OUTPUT:
+                raise
+    return await client.chat(conversation, **params)
 
 
 async def answer_call(call: Json, tools: dict[str, FunctionTool]) -> Json:

@@ -33,9 +33,20 @@ def normalize_tools(tools: object) -> list[JsonObject]:
     if not isinstance(tools, list | tuple):
         raise ToolSchemaError(f"tools must be an array of tools, not {describe(tools)}", "tools")
     try:
-        return [_normalize_tool(tool, f"tools[{index}]") for index, tool in enumerate(tools)]
+        proper = [_normalize_tool(tool, f"tools[{index}]") for index, tool in enumerate(tools)]
+        _refuse_one_name_for_two(proper)
     except SchemaError as error:
         raise ToolSchemaError(str(error), error.param) from error
+    return proper
+
+
+def _refuse_one_name_for_two(tools: list[JsonObject]) -> None:
+    """A call of such a name would have two schemas to obey."""
+    first: dict[str, JsonObject] = {}
+    for index, tool in enumerate(tools):
+        function = tool.get("function", {})
+        if first.setdefault(function.get("name", tool["type"]), tool) != tool:
+            raise SchemaError(f"tools[{index}]", f"has the name of another tool, {_show(function['name'])}; rename one")
 
 
 def _normalize_tool(tool: object, path: str) -> JsonObject:

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-from lmdserve.clients.agent import AgentError, run_agent
+from lmdserve.clients.agent import MAX_ATTEMPTS, AgentError, run_agent
 from lmdserve.clients.http import AsyncClient
+from lmdserve.clients.wire import ServerError
 
 TOGETHER = 2
 
@@ -67,6 +68,25 @@ async def test_the_calls_of_one_answer_run_at_the_same_time(fake_server: Any) ->
     async with AsyncClient(fake_server.url) as client:
         run = await run_agent(client, [{"role": "system", "content": "Be brief."}], [meet])
     assert [message["content"] for message in run.messages if message["role"] == "tool"] == ["met"] * TOGETHER
+
+
+async def test_an_answer_that_the_server_withholds_is_drawn_again(fake_server: Any) -> None:
+    for _ in range(MAX_ATTEMPTS - 1):
+        fake_server.refuse(422, {"message": "non-unique elements", "code": "invalid_output"})
+    reply(fake_server, "Done.")
+    async with AsyncClient(fake_server.url) as client:
+        assert (await run_agent(client, "Go", [add])).answer == "Done."
+    assert fake_server.bodies == [fake_server.bodies[0]] * MAX_ATTEMPTS
+
+
+@pytest.mark.parametrize(("code", "count"), [("invalid_output", MAX_ATTEMPTS), ("other", 1)])
+async def test_an_error_that_stays_is_raised(fake_server: Any, code: str, count: int) -> None:
+    for _ in range(count):
+        fake_server.refuse(422, {"message": "not now", "code": code})
+    async with AsyncClient(fake_server.url) as client:
+        with pytest.raises(ServerError, match="not now"):
+            await run_agent(client, "Go", [add], model="m")
+    assert len(fake_server.bodies) == count
 
 
 async def test_a_conversation_goes_on_and_is_not_changed(fake_server: Any) -> None:

@@ -75,6 +75,10 @@ def test_the_interpreter_is_a_tool():
     assert normalize_tools([{"type": "code_interpreter", "container": None}]) == [{"type": "code_interpreter"}]
 
 
+def test_a_tool_may_be_offered_twice():
+    assert normalize_tools([{"name": "f"}, {"name": "f"}]) == [function(parameters=NOTHING)] * 2
+
+
 def test_a_null_description_is_none():
     assert normalize_tools([function(description=None)]) == [function(parameters=NOTHING)]
 
@@ -96,6 +100,7 @@ def nested(levels: int) -> dict:
         ([{"name": "f"}, {"type": "function", "function": {}}], "tools[1].function.name", "null"),
         ([{}], "tools[0].name", "null"),
         ([{"type": "function"}], "tools[0].function.name", "null"),
+        ([{"name": "f"}, {"name": "g"}, {"name": "f", "parameters": {"title": "T"}}], "tools[2]", '"f"'),
         ([{"type": "function", "function": None}], "tools[0].function", "null"),
         ([{"type": "web_search"}], "tools[0].type", '"web_search"'),
         ([{"type": 1, "name": "f"}], "tools[0].type", "a number"),
