@@ -49,7 +49,7 @@ class FusedAssembly:
         return FusedDecoder(
             config,
             embedding=embedding,
-            layers=[FusedLayer(**{name: getattr(parts, name) for name in LayerParts.__slots__}) for parts in layers],
+            layers=[_fused_layer(parts) for parts in layers],
             final_norm=final_norm,
             head=_head(head, self._lm_head_bits),
         )
@@ -75,6 +75,16 @@ class FusedAssembly:
 
     def _placed(self, bias: torch.Tensor | None) -> torch.Tensor | None:
         return None if bias is None else self._arena.place(bias)
+
+
+def _fused_layer(parts: LayerParts) -> FusedLayer:
+    """Return the layer; its norms write what qkv, and gate and up, take in the order that those want."""
+    fields = {name: getattr(parts, name) for name in LayerParts.__slots__}
+    for name in ("qkv", "gate_up"):
+        linear = fields[name]
+        if isinstance(linear, GatheredLinear):
+            fields |= {name: linear.linear, f"{name}_order": linear.order}
+    return FusedLayer(**fields)
 
 
 def _head(head: Linear, bits: HeadBits) -> Head:

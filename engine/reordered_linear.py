@@ -26,34 +26,34 @@ class GatheredLinear:
     def __init__(self, linear: FusedLinear, order: torch.Tensor, scratch: torch.Tensor) -> None:
         """order int32 [in_features]: input i of `linear` is input order[i] of this one; scratch of `gather_scratch`."""
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self._linear = linear
-        self._order = order
+        self.linear = linear
+        self.order = order
         self._gathered = scratch[: GATHERED_ROWS * linear.in_features].view(GATHERED_ROWS, linear.in_features)
 
     def accumulates(self, num_rows: int) -> bool:
         """As the product does."""
-        return self._linear.accumulates(num_rows)
+        return self.linear.accumulates(num_rows)
 
     def store(self, x: torch.Tensor, out: torch.Tensor, *, deterministic: bool) -> None:
         """See FusedLinear."""
         for gathered, out_rows in self._pieces(x, out):
-            self._linear.store(gathered, out_rows, deterministic=deterministic)
+            self.linear.store(gathered, out_rows, deterministic=deterministic)
 
     def add(self, x: torch.Tensor, accumulator: torch.Tensor, *, deterministic: bool) -> None:
         """See FusedLinear."""
         for gathered, out_rows in self._pieces(x, accumulator):
-            self._linear.add(gathered, out_rows, deterministic=deterministic)
+            self.linear.add(gathered, out_rows, deterministic=deterministic)
 
     def swiglu(self, x: torch.Tensor, out: torch.Tensor, *, deterministic: bool) -> None:
         """See FusedLinear."""
         for gathered, out_rows in self._pieces(x, out):
-            self._linear.swiglu(gathered, out_rows, deterministic=deterministic)
+            self.linear.swiglu(gathered, out_rows, deterministic=deterministic)
 
     def _pieces(self, x: torch.Tensor, out: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         for start in range(0, len(x), GATHERED_ROWS):
             rows = x[start : start + GATHERED_ROWS]
             gathered = self._gathered[: len(rows)]
-            gather_columns(rows, self._order, gathered)
+            gather_columns(rows, self.order, gathered)
             yield gathered, out[start : start + len(rows)]
 
 

@@ -32,6 +32,7 @@ def _rms_norm_kernel(  # type: ignore[no-untyped-def]
     out,
     rows,
     zero,
+    order,
     x_stride,
     out_stride,
     num_columns,
@@ -40,6 +41,7 @@ def _rms_norm_kernel(  # type: ignore[no-untyped-def]
     eps,
     HAS_ROWS: tl.constexpr,
     HAS_ZERO: tl.constexpr,
+    HAS_ORDER: tl.constexpr,
     RELEASES_FIRST: tl.constexpr,
     BLOCK: tl.constexpr,
     PART_BLOCK: tl.constexpr,
@@ -50,7 +52,10 @@ def _rms_norm_kernel(  # type: ignore[no-untyped-def]
     first = tl.program_id(1) * part_columns
     part = first + tl.arange(0, PART_BLOCK)
     is_ours = (part < first + part_columns) & (part < num_columns)
-    scale = tl.load(weight + part, mask=is_ours, other=0.0).to(tl.float32)
+    sources = part
+    if HAS_ORDER:
+        sources = tl.load(order + part, mask=is_ours, other=0)
+    scale = tl.load(weight + sources, mask=is_ours, other=0.0).to(tl.float32)
 
     wait_for_previous_kernel(PDL)
     if RELEASES_FIRST:
@@ -63,10 +68,10 @@ def _rms_norm_kernel(  # type: ignore[no-untyped-def]
     columns = tl.arange(0, BLOCK)[None, :]
     values = tl.load(source_row + columns, mask=columns < num_columns, other=0.0).to(tl.float32)
     inverse = 1.0 / tl.sqrt(tl.sum(values * values, axis=1) / num_columns + eps)
-    if PART_BLOCK == BLOCK:
+    if PART_BLOCK == BLOCK and not HAS_ORDER:
         normalized = values.reshape(BLOCK) * inverse
     else:
-        normalized = tl.load(source_row + part, mask=is_ours, other=0.0).to(tl.float32) * inverse
+        normalized = tl.load(source_row + sources, mask=is_ours, other=0.0).to(tl.float32) * inverse
     tl.store(out + row * out_stride + part, (normalized * scale).to(out.dtype.element_ty), mask=is_ours)
     if HAS_ZERO:
         num_programs = tl.num_programs(0) * tl.num_programs(1)
@@ -87,12 +92,14 @@ def rms_norm(
     *,
     rows: torch.Tensor | None = None,
     zero: torch.Tensor | None = None,
+    order: torch.Tensor | None = None,
 ) -> None:
     """Write the normalized rows of x [num_rows, D], times weight [D], to out [M, D].
 
     x is fp32 (the residual stream) or 16-bit, weight and out are 16-bit or fp32; rows of x and out are contiguous.
     rows, integers [M], says which row of x each row of out is made of; without it M = num_rows. zero, a contiguous fp32
-    tensor of any shape, is set to zeros. Raises ValueError when shapes do not fit.
+    tensor of any shape, is set to zeros. order, int32 [D], says which column of the result each column of out is (for
+    weights whose inputs were sorted). Raises ValueError when shapes do not fit.
     """
     num_rows = x.shape[0] if rows is None else rows.shape[0]
     num_columns = weight.shape[0]
@@ -101,6 +108,8 @@ def rms_norm(
             f"rms_norm got x {tuple(x.shape)}, weight {tuple(weight.shape)} and out {tuple(out.shape)}; "
             f"out has to be {(num_rows, num_columns)} and x to have {num_columns} columns"
         )
+    if order is not None and order.shape != (num_columns,):
+        raise ValueError(f"rms_norm got an order of {tuple(order.shape)} for {num_columns} columns")
     if x.stride(1) != 1 or out.stride(1) != 1 or (zero is not None and not zero.is_contiguous()):
         raise ValueError("rms_norm needs rows of x and out whose columns are adjacent, and a contiguous `zero`")
     if num_rows == 0:
@@ -119,6 +128,7 @@ def rms_norm(
         out,
         out if rows is None else rows,
         out if zero is None else zero,
+        out if order is None else order,
         x.stride(0),
         out.stride(0),
         num_columns,
@@ -127,6 +137,7 @@ def rms_norm(
         eps,
         HAS_ROWS=rows is not None,
         HAS_ZERO=zero is not None,
+        HAS_ORDER=order is not None,
         RELEASES_FIRST=num_rows <= _MOST_ROWS_TO_RELEASE_FIRST,
         BLOCK=block,
         PART_BLOCK=triton.next_power_of_2(part_columns),

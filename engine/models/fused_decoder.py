@@ -85,6 +85,9 @@ class FusedLayer:
     mlp_norm: torch.Tensor
     gate_up: FusedLinear
     down: FusedLinear
+    # Which of its inputs in order each input of a linear is, int32, where its weight's were sorted (input_order.py).
+    qkv_order: torch.Tensor | None = None
+    gate_up_order: torch.Tensor | None = None
 
 
 class FusedDecoder:
@@ -169,11 +172,11 @@ class FusedDecoder:
         x, residual = buffers.normed[:num_tokens], buffers.residual[:num_tokens]
         if layer.qkv.accumulates(num_tokens) and not step.is_deterministic:
             sums = buffers.qkv_sums[:num_tokens]
-            rms_norm(residual, layer.attention_norm, eps, x, zero=sums)
+            rms_norm(residual, layer.attention_norm, eps, x, zero=sums, order=layer.qkv_order)
             layer.qkv.add(x, sums, deterministic=False)
             return sums
         qkv = buffers.qkv[:num_tokens]
-        rms_norm(residual, layer.attention_norm, eps, x)
+        rms_norm(residual, layer.attention_norm, eps, x, order=layer.qkv_order)
         layer.qkv.store(x, qkv, deterministic=step.is_deterministic)
         return qkv
 
@@ -253,6 +256,6 @@ class FusedDecoder:
         num_tokens = step.num_tokens
         x, residual = buffers.normed[:num_tokens], buffers.residual[:num_tokens]
         activated = buffers.activated[:num_tokens]
-        rms_norm(residual, layer.mlp_norm, self.config.rms_norm_eps, x)
+        rms_norm(residual, layer.mlp_norm, self.config.rms_norm_eps, x, order=layer.gate_up_order)
         layer.gate_up.swiglu(x, activated, deterministic=step.is_deterministic)
         layer.down.add(activated, residual, deterministic=step.is_deterministic)

@@ -7,12 +7,12 @@ from offline_compile import SHARED_BYTES_LIMIT, assert_fits, compile_for_all, co
 
 from lmdserve.kernels.rms_norm import _rms_norm_kernel
 
-POINTERS = ("x", "weight", "out", "rows", "zero")
+POINTERS = ("x", "weight", "out", "rows", "zero", "order")
 INTEGERS = ("x_stride", "out_stride", "num_columns", "part_columns", "zero_size")
 SIGNATURE = dict.fromkeys(POINTERS, "*fp32") | dict.fromkeys(INTEGERS, "i32") | {"eps": "fp32"}
 CONSTEXPRS = {
-    "HAS_ROWS": False, "HAS_ZERO": False, "RELEASES_FIRST": False, "BLOCK": 4096, "PART_BLOCK": 4096,
-    "ZERO_BLOCK": 1024,
+    "HAS_ROWS": False, "HAS_ZERO": False, "HAS_ORDER": False, "RELEASES_FIRST": False, "BLOCK": 4096,
+    "PART_BLOCK": 4096, "ZERO_BLOCK": 1024,
 }  # fmt: skip
 
 

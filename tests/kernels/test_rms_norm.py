@@ -64,6 +64,19 @@ def test_rows_are_gathered_from_a_strided_tensor(device: torch.device) -> None:
     assert wide[:, 200:].isnan().all(), "columns past the end stay as they are"
 
 
+@pytest.mark.parametrize("num_rows", [1, 3, 150])
+def test_columns_may_come_in_another_order(num_rows: int, device: torch.device) -> None:
+    """The same bits as in order, elsewhere; one row is shared by eight programs, 150 rows have one each."""
+    x, weight = _values(num_rows, 1000, device=device), _values(1000, device=device, seed=1).half()
+    order = torch.randperm(1000, generator=torch.Generator().manual_seed(2)).to(device)
+    in_order, reordered = (_poisoned(num_rows, 1000, dtype=torch.float16, device=device) for _ in range(2))
+    rms_norm(x, weight, 1e-5, in_order)
+    rms_norm(x, weight, 1e-5, reordered, order=order.int())
+    assert torch.equal(reordered, in_order[:, order])
+    with pytest.raises(ValueError, match="order of"):
+        rms_norm(x, weight, 1e-5, reordered, order=order[:-1].int())
+
+
 @pytest.mark.parametrize(("num_rows", "zero_size"), [(1, 6144), (1, 20001), (3, 1), (150, 70_000), (2, 0)])
 def test_the_next_buffer_is_cleared(num_rows: int, zero_size: int, device: torch.device) -> None:
     x, weight = _values(num_rows, 64, device=device), torch.ones(64, device=device)
@@ -87,17 +100,17 @@ def test_shapes_that_do_not_fit_are_refused(device: torch.device) -> None:
         rms_norm(x, weight, 1e-5, torch.empty(64, 2, device=device).T)
 
 
-def _compiled(num_columns: int, num_parts: int) -> dict[int, CompiledKernel]:
+def _compiled(num_columns: int, num_parts: int, *, has_order: bool = False) -> dict[int, CompiledKernel]:
     return compile_for_all(
         _rms_norm_kernel,
         {
-            "x": "*fp32", "weight": "*fp16", "out": "*fp16", "rows": "*i32", "zero": "*fp32",
+            "x": "*fp32", "weight": "*fp16", "out": "*fp16", "rows": "*i32", "zero": "*fp32", "order": "*i32",
             "x_stride": "i32:16", "out_stride": "i32:16", "num_columns": "i32:16", "part_columns": "i32:16",
             "zero_size": "i32:16", "eps": "fp32",
         },
         {
-            "HAS_ROWS": True, "HAS_ZERO": True, "RELEASES_FIRST": True, "BLOCK": num_columns,
-            "PART_BLOCK": num_columns // num_parts, "ZERO_BLOCK": 1024,
+            "HAS_ROWS": True, "HAS_ZERO": True, "HAS_ORDER": has_order, "RELEASES_FIRST": True,
+            "BLOCK": num_columns, "PART_BLOCK": num_columns // num_parts, "ZERO_BLOCK": 1024,
         },
         num_warps=8,
         wants_sass=True,
@@ -118,8 +131,9 @@ def test_it_compiles_for_every_architecture() -> None:
         assert_fits(kernel)
 
 
-def test_a_row_is_summed_in_one_order_however_many_programs_share_it() -> None:
-    alone, shared = _compiled(4096, 1), _compiled(4096, 8)
+@pytest.mark.parametrize("has_order", [False, True])
+def test_a_row_is_summed_in_one_order_however_many_programs_share_it(has_order: bool) -> None:
+    alone, shared = (_compiled(4096, num_parts, has_order=has_order) for num_parts in (1, 8))
     for arch, kernel in alone.items():
         assert_fits(kernel)
         assert_fits(shared[arch])
