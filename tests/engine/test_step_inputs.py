@@ -62,6 +62,18 @@ def test_drafts_are_decode_rows_that_are_all_sampled() -> None:
     assert list(inputs.output_positions) == [10, 11, 12, 1]
 
 
+def test_a_run_is_decode_rows_of_which_the_last_is_sampled() -> None:
+    run = Chunk(sequence(1, 20, 10), 16, 4, is_sampled=True, is_run=True)
+    part = Chunk(sequence(2, 20, 10), 12, 2, is_sampled=False, is_run=True)
+    inputs = build_step_inputs([run, part, Chunk(sequence(3, 5, 4), 4, 1, is_sampled=True)])
+    assert inputs.has_drafts
+    assert inputs.num_decode_rows == inputs.num_rows == 7
+    assert list(inputs.token_ids) == [116, 117, 118, 119, 212, 213, 304]
+    assert list(inputs.slots) == [1, 1, 1, 1, 2, 2, 3]
+    assert list(inputs.sample_rows) == [3, 6]
+    assert list(inputs.output_positions) == [10, 1]
+
+
 def test_one_deterministic_sequence_makes_everything_prefill() -> None:
     plain, strict = sequence(1, 20, 10), sequence(2, 5, 4, is_deterministic=True)
     inputs = build_step_inputs([Chunk(plain, 19, 1, is_sampled=True), Chunk(strict, 4, 1, is_sampled=True)])

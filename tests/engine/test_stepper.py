@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from lmdserve.engine.api import EngineDeadError, EngineInfo, Request, SamplingParams
+from lmdserve.engine.constraints import ConstraintState
 from lmdserve.engine.sequence import Sequence, new_sequence
 from lmdserve.engine.step import Chunk, ChunkResult
 from lmdserve.engine.stepper import Stepper
@@ -17,7 +18,8 @@ BAD = 9  # a sequence of this token makes the step raise that computes it
 class ScriptedRunner:
     """Writes down what it is asked to do; each chunk's result is its first token."""
 
-    def __init__(self, max_in_flight: int, *, fails_late: bool = False) -> None:
+    def __init__(self, max_in_flight: int, *, fails_late: bool = False, logs_samples: bool = False) -> None:
+        self.logs_samples = logs_samples
         self.max_in_flight = max_in_flight
         self.device_busy_s = self.device_idle_s = 0.0
         self.fails_late = fails_late
@@ -32,7 +34,8 @@ class ScriptedRunner:
         return tokens
 
     def sample(self, step: list[int]) -> None:
-        pass
+        if self.logs_samples:
+            self.log.append(f"sample {step}")
 
     def collect(self, step: list[int]) -> list[ChunkResult]:
         self.log.append(f"collect {step}")
@@ -79,6 +82,50 @@ def test_with_two_in_flight_the_next_step_is_launched_before_the_last_is_collect
     assert runner.log == [
         "launch [1]", "launch [2]", "collect [1]", "launch [3]", "collect [2]", "collect [3]"
     ]  # fmt: skip
+
+
+class Anything:
+    """A constraint that bars nothing; it tells when it is asked, and fails if told to."""
+
+    is_over = must_end = False
+
+    def __init__(self, log: list[str]) -> None:
+        self._log = log
+
+    def mask(self) -> None:
+        self._log.append("mask")
+
+    def accept(self, token_id: int) -> None:
+        self._log.append(f"accept {token_id}")
+
+    def take_forced(self) -> list[int]:
+        return []
+
+
+def test_a_constrained_step_is_launched_before_the_last_one_s_tokens_are_known_and_sampled_after() -> None:
+    runner = ScriptedRunner(2, logs_samples=True)
+    stepper = Stepper(runner)
+    sequence = _sequence(5)
+    sequence.constraint = ConstraintState(Anything(runner.log), may_be_late=False)
+    steps = []
+    for start in (0, 1, 2):
+        steps.append([Chunk(sequence, start, 1, True)])
+        stepper.advance(steps[-1])
+        sequence.token_ids.append(5)
+    stepper.close()
+    assert runner.log == [
+        "launch [5]", "mask", "sample [5]",
+        "launch [5]", "collect [5]", "accept 5", "mask", "sample [5]",
+        "launch [5]", "collect [5]", "accept 5", "mask", "sample [5]",
+    ]  # fmt: skip
+
+
+def test_a_step_beside_without_constraints_is_sampled_at_once() -> None:
+    runner = ScriptedRunner(2, logs_samples=True)
+    stepper = Stepper(runner)
+    for token_id in (1, 2):
+        stepper.advance(_chunks(token_id))
+    assert runner.log == ["launch [1]", "sample [1]", "launch [2]", "sample [2]", "collect [1]"]
 
 
 def test_a_step_with_drafts_is_waited_for() -> None:
