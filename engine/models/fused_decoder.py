@@ -85,7 +85,7 @@ class FusedLayer:
     mlp_norm: torch.Tensor
     gate_up: FusedLinear
     down: FusedLinear
-    # Which of its inputs in order each input of a linear is, int32, where its weight's were sorted (input_order.py).
+    # int32 [hidden_size], where a weight has its inputs sorted by scale group (input_order.py): input i is order[i].
     qkv_order: torch.Tensor | None = None
     gate_up_order: torch.Tensor | None = None
 
