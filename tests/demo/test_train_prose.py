@@ -57,9 +57,9 @@ def test_training_learns_and_writes_a_folder_that_transformers_reads(
     out = tmp_path / "model"
     training = ProseTraining(argparse.Namespace(data=data, out=out, seconds=1e-9, rate=3e-3, rows=4, seed=1))
     before = training.held_out_loss()
-    for _ in range(30):
+    for _ in range(12):
         training.step(0.2)
-    assert training.held_out_loss() < before - 0.3
+    assert training.held_out_loss() < before - 0.2
     training.run()
     assert transformers.AutoTokenizer.from_pretrained(out)("Line 7").input_ids[0] == BOS
     assert transformers.AutoModelForCausalLM.from_pretrained(out).config.vocab_size == 320
