@@ -32,7 +32,7 @@ class SizeBytes(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class LayerRow(msgspec.Struct, frozen=True, kw_only=True):
-    """One linear: the error of its block's output relative to that output, and why it has other bits, if it has."""
+    """One linear: the error of its output relative to that output, and why it has other bits, if it has."""
 
     layer: int
     linear: str
@@ -119,7 +119,7 @@ def report_table(report: Report) -> str:
     worst = sorted(report.layers, key=lambda row: -(row.relative_error or 0.0))[:_NUM_LAYERS_SHOWN]
     errors = [(f"layer {row.layer} {row.linear}", _scientific(row.relative_error)) for row in worst]
     if errors:
-        parts += ["", "largest errors of a block's output:", aligned([("linear", "relative error"), *errors])]
+        parts += ["", "largest errors of a linear's output:", aligned([("linear", "relative error"), *errors])]
     kept = [row for row in report.layers if row.reason]
     if kept:
         parts += ["", *(f"layer {row.layer} {row.linear} has {row.bits} bits: {row.reason}" for row in kept)]

@@ -78,7 +78,7 @@ def _layers(layers: Sequence[Mapping[str, Any]]) -> list[str]:
         for layer in sorted({row["layer"] for row in layers})
     )
     parts = [
-        "<h2>Error by layer</h2><p>Error of each block's output relative to that output.</p>",
+        "<h2>Error by layer</h2><p>Error of each linear's output relative to that output.</p>",
         _table(("Layer", *linears), body),
     ]
     kept = [row for row in layers if row["reason"]]
