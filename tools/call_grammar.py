@@ -14,6 +14,7 @@ from .call_syntax import CallSyntax
 from .code_call import CODE_TOOL_NAME
 from .grammar import TEMPLATE_SPACING, GrammarError, GrammarSource, lark_text, schema_term
 from .json_call import CALL_KEYS
+from .relaxed_schema import NUM_HARMLESS_STEPS
 
 _PLAIN_NAME = re.compile(r"[\w.-]+")
 
@@ -67,26 +68,24 @@ class CallGrammar:
             rules.append("CODE: /[^\\s{\\[`](?s:.*)/ | /```python\\n[^\\s`][^`]*\\n```/\n")
         functions = self._functions()
 
-        def text(leniency: int) -> str:
-            return "".join(
-                [*rules, *(self._call(index, function, leniency) for index, function in enumerate(functions))]
-            )
+        def text(step: int) -> str:
+            return "".join([*rules, *(self._call(index, function, step) for index, function in enumerate(functions))])
 
-        has_lenient = any(function.get("strict") is not True for function in functions)
-        return GrammarSource(text(0), text if has_lenient else None)
+        must_be_strict = all(function.get("strict") is True for function in functions)
+        return GrammarSource(text(0), text, must_be_strict)
 
     def _functions(self) -> list[Mapping[str, Any]]:
         return [tool["function"] for tool in self.tools if tool["type"] != CODE_TOOL_NAME]
 
-    def _call(self, index: int, function: Mapping[str, Any], leniency: int) -> str:
+    def _call(self, index: int, function: Mapping[str, Any], step: int) -> str:
         syntax, name = self.syntax, function["name"]
         if not syntax.quotes_name and not _PLAIN_NAME.fullmatch(name):
             raise GrammarError(
                 f"the name {name[:80]!r} cannot be written in this model's calls; use letters, digits, _"
             )
         shown = json.dumps(name, ensure_ascii=False) if syntax.quotes_name else name
-        leniency = 0 if function.get("strict") is True else leniency
-        schema = schema_term(function["parameters"], leniency=leniency, spacing=TEMPLATE_SPACING)
+        step = min(step, NUM_HARMLESS_STEPS) if function.get("strict") is True else step
+        schema = schema_term(function["parameters"], step=step, spacing=TEMPLATE_SPACING)
         before = self._literal(syntax.before_name + shown + syntax.after_name)
         after = self._literal(syntax.after_arguments)
         if syntax.may_have_id:
@@ -105,13 +104,14 @@ class CallGrammar:
 def either(answer: GrammarSource, calls: GrammarSource) -> GrammarSource:
     """Return the source of a reply that is an answer or calls; both sources are in Lark's notation."""
 
-    def text(leniency: int) -> str:
+    def text(step: int) -> str:
         parts = {"reply": "start: @answer | @calls\n"}
         for name, source in (("answer", answer), ("calls", calls)):
-            parts[name] = source.relaxed(leniency) if leniency and source.relaxed else source.text
+            own_step = min(step, NUM_HARMLESS_STEPS) if source.must_be_strict else step
+            parts[name] = source.relaxed(own_step) if step and source.relaxed else source.text
         return json.dumps({"grammars": [{"name": name, "lark_grammar": part} for name, part in parts.items()]})
 
-    return GrammarSource(text(0), text if answer.relaxed or calls.relaxed else None)
+    return GrammarSource(text(0), text, answer.must_be_strict and calls.must_be_strict)
 
 
 def is_never_a_call(schema: Any) -> bool:

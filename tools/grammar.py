@@ -15,8 +15,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from .relaxed_schema import NUM_STEPS as NUM_LENIENCIES
-from .relaxed_schema import relaxed
+from .relaxed_schema import NUM_HARMLESS_STEPS, NUM_STEPS, relaxed
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
@@ -74,16 +73,13 @@ class GrammarError(ValueError):
 class GrammarSource:
     """What to compile. Sources that are equal compile to the same grammar.
 
-    `text` is in Lark's notation; `relaxed` returns the same with keywords left out, the more the higher its argument,
-    from 1 to NUM_LENIENCIES. None: every keyword has to be enforced.
+    `text` is in Lark's notation; `relaxed` returns it with keywords left out, by the steps of `relaxed_schema.py`.
+    `must_be_strict`: by those only that leave out what says nothing.
     """
 
     text: str
     relaxed: Callable[[int], str] | None = field(default=None, compare=False)
-    may_be_lenient: bool = field(default=False, init=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "may_be_lenient", self.relaxed is not None)
+    must_be_strict: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,19 +166,21 @@ class GrammarCompiler:
         except GrammarError as error:
             if not error.keywords or source.relaxed is None:
                 raise
-            return self._compile_lenient(source.relaxed, {*error.keywords})
+            return self._compile_relaxed(source.relaxed, NUM_HARMLESS_STEPS if source.must_be_strict else NUM_STEPS)
 
-    def _compile_lenient(self, relaxed: Callable[[int], str], keywords: set[str]) -> Grammar:
-        for leniency in range(1, NUM_LENIENCIES):
+    def _compile_relaxed(self, relaxed: Callable[[int], str], num_steps: int) -> Grammar:
+        keywords: set[str] = set()
+        for step in range(1, num_steps + 1):
             try:
-                matcher = self._matcher(relaxed(leniency))
-                break
+                matcher = self._matcher(relaxed(step))
             except GrammarError as error:
-                if not error.keywords:
+                if not error.keywords or step == num_steps:
                     raise
                 keywords |= {*error.keywords}
-        else:
-            matcher = self._matcher(relaxed(NUM_LENIENCIES))
+            else:
+                break
+        if not keywords:
+            return Grammar(matcher)
         return Grammar(matcher, tuple(sorted({*keywords, *_left_out(matcher.get_grammar_warnings())})))
 
     def _matcher(self, text: str) -> "LLMatcher":
@@ -209,14 +207,14 @@ class GrammarCompiler:
 def json_schema_source(schema: Any, *, must_be_strict: bool) -> GrammarSource:
     """Return the source of a JSON value that obeys a schema; raise GrammarError for one that is nested too deeply."""
 
-    def text(leniency: int) -> str:
-        return f"start: {schema_term(schema, leniency=leniency)}\n"
+    def text(step: int) -> str:
+        return f"start: {schema_term(schema, step=step)}\n"
 
-    return GrammarSource(text(0), None if must_be_strict else text)
+    return GrammarSource(text(0), text, must_be_strict)
 
 
-def schema_term(schema: Any, *, leniency: int, spacing: Mapping[str, Any] = ANY_SPACING) -> str:
-    """Return what stands for a schema's values in a Lark rule; raise GrammarError for what is no schema."""
+def schema_term(schema: Any, *, step: int, spacing: Mapping[str, Any] = ANY_SPACING) -> str:
+    """Return what stands for a schema's values in a Lark rule, as it is (step 0) or relaxed; raise GrammarError."""
     if schema is False:
         raise GrammarError("the schema is false, which no value obeys")
     if schema is not True and not isinstance(schema, Mapping):
@@ -224,9 +222,10 @@ def schema_term(schema: Any, *, leniency: int, spacing: Mapping[str, Any] = ANY_
     proper = dict(schema) if isinstance(schema, Mapping) else {}
     if _is_deeper_than(proper, MAX_NESTING):
         raise GrammarError(f"the schema is nested deeper than {MAX_NESTING} levels; flatten it")
-    if leniency:
-        proper = relaxed(proper, leniency)
-    options = {**spacing, "lenient": leniency > 0, "coerce_one_of": leniency > 0}
+    if step:
+        proper = relaxed(proper, step)
+    is_lenient = step > NUM_HARMLESS_STEPS
+    options = {**spacing, "lenient": is_lenient, "coerce_one_of": is_lenient}
     return f"%json {json.dumps({**proper, 'x-guidance': options}, ensure_ascii=True)}"
 
 

@@ -1,7 +1,7 @@
 """JSON schemas with less in them: without the keywords that no grammar can be made of, for answers checked when whole.
 
-Owns what each step of leniency leaves out. Leaving a keyword out allows more, never less: the final check sees the
-schema as it was sent. llguidance's own leniency ignores what it does not know; this is for what it stumbles over.
+Owns what each step leaves out. Leaving a keyword out allows more, never less: the final check sees the schema as it was
+sent. llguidance's own leniency ignores what it does not know; this is for what it stumbles over.
 """
 
 import re
@@ -11,14 +11,33 @@ from typing import Any
 
 from .json_schema import SUBSCHEMA_KEYWORDS, SUBSCHEMA_LIST_KEYWORDS, SUBSCHEMA_MAP_KEYWORDS, JsonObject
 
-NUM_STEPS = 2
+NUM_STEPS = 3
+NUM_HARMLESS_STEPS = 1  # the first ones leave out what says nothing
+# Those of the standard. Others ("int32", "uint", "cuid") are a generator's notes; no validator knows them.
+_FORMATS = frozenset(
+    {"date-time", "date", "time", "duration", "email", "idn-email", "hostname", "idn-hostname", "ipv4", "ipv6", "uri"}
+    | {
+        "uri-reference",
+        "iri",
+        "iri-reference",
+        "uuid",
+        "uri-template",
+        "json-pointer",
+        "relative-json-pointer",
+        "regex",
+    }
+)
 _COUNTS_OF_PROPERTIES = frozenset({"minProperties", "maxProperties"})
 _BESIDE_A_REFERENCE = frozenset({"$ref", "$defs", "definitions", "$id", "$anchor", "title", "description", "default"})
 
 
 def relaxed(schema: Any, step: int) -> Any:
-    """Return the schema of a step: 1 without patterns that grammars cannot follow, 2 without other obstacles too."""
-    return _edited(schema, _without_patterns if step == 1 else _without_obstacles)
+    """Return the schema of a step, without all that the earlier ones leave out.
+
+    1: without formats that the standard does not know; 2: without patterns that no grammar follows; 3: without numbers
+    of properties, overlapping patterns of names, and what stands beside a reference.
+    """
+    return _edited(schema, (_without_notes, _without_patterns, _without_obstacles)[step - 1])
 
 
 def _edited(schema: Any, edit: Callable[[JsonObject], JsonObject]) -> Any:
@@ -38,7 +57,14 @@ def _edited(schema: Any, edit: Callable[[JsonObject], JsonObject]) -> Any:
     return edit(proper)
 
 
+def _without_notes(schema: JsonObject) -> JsonObject:
+    if schema.get("format") not in _FORMATS:
+        schema.pop("format", None)
+    return schema
+
+
 def _without_patterns(schema: JsonObject) -> JsonObject:
+    schema = _without_notes(schema)
     if "pattern" in schema and not _is_regular(schema["pattern"]):
         del schema["pattern"]
     named = schema.get("patternProperties")
@@ -48,7 +74,6 @@ def _without_patterns(schema: JsonObject) -> JsonObject:
 
 
 def _without_obstacles(schema: JsonObject) -> JsonObject:
-    """Leave out numbers of properties, overlapping patterns of names, and what stands beside a reference."""
     schema = _without_patterns(schema)
     if "$ref" in schema:
         return {keyword: value for keyword, value in schema.items() if keyword in _BESIDE_A_REFERENCE}
