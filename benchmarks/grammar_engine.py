@@ -7,6 +7,7 @@ Each of the batch's clients asks for one reply after the other. Kinds of work:
     step by step calls of a tool with many arguments, every token sampled in a step
     forwarded    the same, where tokens that the grammar forces need no step of their own
     half free    every other client free, the others as forwarded
+    half costly  the same, but every fifth mask takes 50 ms, as the costliest ones of real schemas do
 Sampling is at temperature 1 with a seed a client. `tokens a step` is a mean over the steps of each sequence, `gap` the
 time between the chunks of free clients, `held` how late the event loop came to a timer. All options of the server's
 engine are understood.
@@ -32,7 +33,7 @@ import uvloop  # noqa: E402
 from grammar import SYNTAX, share_of, vocabulary_of  # noqa: E402
 
 import lmdserve  # noqa: E402
-from lmdserve.engine.api import Request, SamplingParams, TokenConstraint  # noqa: E402
+from lmdserve.engine.api import Request, SamplingParams  # noqa: E402
 from lmdserve.engine.config import EngineConfig  # noqa: E402
 from lmdserve.engine.loader import resolve_model_folder  # noqa: E402
 from lmdserve.engine.loop import AsyncEngine, load_engine  # noqa: E402
@@ -43,7 +44,8 @@ from lmdserve.tools.constraint import ReplyConstraint, ReplyRules, TokenSets  # 
 from lmdserve.tools.grammar import GrammarCompiler  # noqa: E402
 from lmdserve.tools.schema import normalize_tools  # noqa: E402
 
-KINDS = ("free", "step by step", "forwarded", "half free")
+KINDS = ("free", "step by step", "forwarded", "half free", "half costly")
+MASKS_PER_COSTLY_ONE, COSTLY_MASK_S = 5, 0.05
 REPLIES_PER_CLIENT = 3
 PROMPT_LEN = 64
 TICK_S = 0.001
@@ -90,18 +92,26 @@ ORDER = {
 }
 
 
-class StepByStep:
+class StepByStep(ReplyConstraint):
     """A constraint that keeps its forced tokens to itself."""
-
-    def __init__(self, constraint: ReplyConstraint) -> None:
-        self._constraint = constraint
-        self.mask, self.accept = constraint.mask, constraint.accept
-
-    is_over = property(lambda self: self._constraint.is_over)
-    must_end = property(lambda self: self._constraint.must_end)
 
     def take_forced(self) -> list[int]:
         return []
+
+
+class Costly(ReplyConstraint):
+    """A constraint some of whose masks take long."""
+
+    _num_masks = 0
+
+    def mask(self) -> bytes | None:
+        self._num_masks += 1
+        if self._num_masks % MASKS_PER_COSTLY_ONE == 0:
+            time.sleep(COSTLY_MASK_S)
+        return super().mask()
+
+
+CONSTRAINT_OF = {"step by step": StepByStep, "half costly": Costly}
 
 
 @dataclass(slots=True)
@@ -137,7 +147,7 @@ async def measure(config: EngineConfig, batches: Sequence[int], kinds: Sequence[
     reply_lens = [128]
     for size in batches:
         for kind in sorted(kinds, key=lambda kind: kind == "free"):  # free replies are as long as the others were
-            if size == 1 and kind == "half free":
+            if size == 1 and kind.startswith("half"):
                 continue
             await run(engine, rules, kind, size, reply_lens, num_replies=1)
             result = await run(engine, rules, kind, size, reply_lens, num_replies=REPLIES_PER_CLIENT)
@@ -164,13 +174,11 @@ async def run(
     begun_s = time.perf_counter()
 
     async def client(index: int) -> None:
-        is_free = kind == "free" or (kind == "half free" and index % 2 == 0)
+        is_free = kind == "free" or (kind.startswith("half") and index % 2 == 0)
         for number in range(num_replies):
             rng = random.Random(f"{index}/{number}")
             prompt = rng.choices(range(engine.info.vocab_size), k=PROMPT_LEN)
-            constraint: TokenConstraint | None = None
-            if not is_free:
-                constraint = StepByStep(rules.new_constraint()) if kind == "step by step" else rules.new_constraint()
+            constraint = None if is_free else CONSTRAINT_OF.get(kind, ReplyConstraint)(rules)
             num_tokens = rng.choice(reply_lens) if is_free else 1000
             sampling = SamplingParams(seed=index, max_tokens=num_tokens, ignore_eos=is_free)
             request = Request(
