@@ -1,7 +1,7 @@
 """The data sets that are known by name: where a local copy lies, and how its documents become one text.
 
-Nothing is downloaded. Files are looked for in --calib-data-dir, as they are or in the hub cache's layout, and then in
-the hub cache itself. How windows are drawn from the text is `text.py`'s business.
+Nothing is downloaded. Files are looked for in the folder that the user names, as they are or in the hub cache's layout,
+and then in the hub cache itself. How windows are drawn from the text is `text.py`'s business.
 """
 
 import io
@@ -86,20 +86,20 @@ def read_data_set(name: str, split: Split, data_dir: Path | None) -> list[str]:
     places = ", ".join(map(str, looked_in)) or f"{_hub_cache()}, which has none of {', '.join(data_set.hub_names)}"
     raise ConfigError(
         f"there is no local copy of {name} with a file {wanted} (.parquet, .jsonl, .txt, .gz); looked in {places}. "
-        "Nothing is downloaded: put a copy into a folder and give it as --calib-data-dir, or take a text file"
+        "Nothing is downloaded, and .zst is not unpacked: put a copy into a folder and name that, or take a text file"
     )
 
 
 def _folders(name: str, data_set: DataSet, data_dir: Path | None) -> Iterator[Path]:
     """Yield the folders that may hold a copy, the surest first."""
     if data_dir is not None and not data_dir.is_dir():
-        raise ConfigError(f"--calib-data-dir {data_dir} is no folder; give the folder that holds the data set's files")
+        raise ConfigError(f"{data_dir} is no folder; give the one that holds the files of {name}")
     hubs = [] if data_dir is None else [data_dir, data_dir / "hub"]
     for hub in [*hubs, _hub_cache()]:
         for hub_name in data_set.hub_names:
             repository = hub / f"datasets--{hub_name.replace('/', '--')}"
             snapshots = sorted((repository / "snapshots").glob("*"), key=lambda path: path.stat().st_mtime)
-            yield from (_inner(snapshot, data_set) for snapshot in reversed(snapshots))
+            yield from (snapshot / data_set.folder for snapshot in reversed(snapshots))
         if hub == data_dir:
             yield from (_inner(folder, data_set) for folder in (data_dir / name, data_dir) if folder.is_dir())
 
@@ -115,7 +115,7 @@ def _files(folder: Path, prefixes: tuple[str, ...], *, is_all_of_it: bool) -> li
 
 
 def _inner(folder: Path, data_set: DataSet) -> Path:
-    """Return the part of a repository that is meant, where it lies in a folder of its own."""
+    """Return the part of a copy that is meant, where that has a folder of its own as on the hub."""
     inner = folder / data_set.folder
     return inner if inner.is_dir() else folder
 

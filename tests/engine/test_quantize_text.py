@@ -8,6 +8,7 @@ import builtins
 import gzip
 import json
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -212,6 +213,9 @@ def test_wikitext_is_the_small_raw_one_and_its_splits_are_told_apart(tmp_path: P
             write_rows(snapshot / folder / f"{split}-00000-of-00001.jsonl", [{"text": f"{folder} {split}"}])
     assert text_of(read("wikitext2").stream()) == "^wikitext-2-raw-v1 train"
     assert text_of(read("wikitext2", split="evaluation").stream()) == "^wikitext-2-raw-v1 test"
+    shutil.rmtree(snapshot / "wikitext-2-raw-v1")
+    with pytest.raises(ConfigError, match="no local copy of wikitext2"):
+        read("wikitext2")
 
 
 def test_wikitexts_raw_file_gives_the_rows_that_the_hub_publishes(tmp_path: Path) -> None:
