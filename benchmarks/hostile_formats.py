@@ -59,7 +59,7 @@ async def _run(url: str, num_streams: int, seconds: float) -> None:
         await asyncio.sleep(2.0)
         for name, make in [("none", None), *_kinds(), ("none, again", None)]:
             bodies = [] if make is None else [_body(make(number)) for number in range(NUM_BODIES)]
-            await asyncio.sleep(1.0)  # what the last kind began is over
+            await asyncio.sleep(0.5)  # what the last kind began is over
             streams.gaps_s.clear()
             statuses: Counter[int] = Counter()
             longest_s = 0.0

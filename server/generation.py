@@ -9,6 +9,8 @@ from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
+import msgspec
+
 from lmdserve.engine.api import EngineInfo, Request, SamplingParams
 from lmdserve.tools.api import ToolFormat
 from lmdserve.tools.call_grammar import function_names
@@ -249,9 +251,10 @@ def _tools(request: ChatRequest) -> list[dict[str, Any]]:
     """Return the tools that the model gets to see, with proper schemas: none of them under tool_choice "none"."""
     if not request.tools:
         return []
-    if _num_chars(request.tools, MAX_SOURCE_CHARS) > MAX_SOURCE_CHARS:
+    num_bytes = len(msgspec.json.encode(request.tools))
+    if num_bytes > MAX_SOURCE_CHARS:
         raise BadRequestError(
-            f"tools: they have more than {MAX_SOURCE_CHARS} characters, too many to hold calls to; shorten them",
+            f"tools: they have {num_bytes} bytes, and calls can be held to at most {MAX_SOURCE_CHARS}; shorten them",
             param="tools",
         )
     try:

@@ -43,6 +43,7 @@ class Serving:
 def make_serving(engine: Engine, model: ServedModel, prompt_threads: Executor) -> Serving:
     """Return what answers requests with `engine` and `model`."""
     outputs = OutputRules(model, engine.info)
+    outputs.warm_up()
     planner = Planner(model=model, info=engine.info, executor=prompt_threads, outputs=outputs)
     return Serving(engine=engine, model=model, planner=planner)
 

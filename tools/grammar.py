@@ -141,6 +141,10 @@ class GrammarCompiler:
         self._tokenizer: LLTokenizer | None = None
         self._cache: OrderedDict[GrammarSource, Grammar] = OrderedDict()
 
+    def load(self) -> None:
+        """Load what all grammars need, before the first one does; raise GrammarError."""
+        self._loaded_tokenizer()
+
     def compile(self, source: GrammarSource) -> Grammar:
         """Return the grammar of a source; raise GrammarError."""
         with self._lock:

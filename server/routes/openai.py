@@ -1,5 +1,6 @@
 """OpenAI's routes: chat and plain completions, and the list of models. Each handler parses, submits and replies."""
 
+import asyncio
 import secrets
 import time
 from collections.abc import Callable, Sequence
@@ -12,7 +13,7 @@ from aiohttp import web
 
 from ..choices import ChoicePlan, ChoiceStream, ChoiceUpdate, stream_updates
 from ..errors import ApiError, describe
-from ..parsing import parse
+from ..parsing import Record, parse
 from ..protocol import ChatRequest, CompletionRequest, SamplingFields
 from ..replies import ChatFormat, CompletionFormat, ReplyHead
 from ..services import ARRIVED_S, FAILURE, PROMPT_PARAM, REQUEST_ID, SERVICES
@@ -20,12 +21,14 @@ from ..serving import Serving
 from ..sse import stream_reply
 from .bodies import read_json
 
+INLINE_BODY_BYTES = 64 * 1024  # a body of 1 MB takes 8 ms to parse; longer ones are parsed on a thread
+
 
 async def create_chat_completion(request: web.Request) -> web.StreamResponse:
     """POST /v1/chat/completions"""
     services = request.app[SERVICES]
     with services.lifecycle.working():
-        body = parse(await read_json(request), ChatRequest)
+        body = await _read(request, ChatRequest)
         uid = f"chatcmpl-{secrets.token_hex(12)}"
         async with services.servings.lease() as serving:
             plans = await serving.planner.plan_chat(body, uid)
@@ -34,7 +37,7 @@ async def create_chat_completion(request: web.Request) -> web.StreamResponse:
 
 async def render_chat(request: web.Request) -> web.Response:
     """POST /v1/chat/render: the prompt that /v1/chat/completions would give the model for the same body"""
-    body = parse(await read_json(request), ChatRequest)
+    body = await _read(request, ChatRequest)
     serving = request.app[SERVICES].servings.current
     prompt = await serving.planner.render_chat(body)
     return _json(
@@ -53,7 +56,7 @@ async def create_completion(request: web.Request) -> web.StreamResponse:
     services = request.app[SERVICES]
     request[PROMPT_PARAM] = "prompt"
     with services.lifecycle.working():
-        body = parse(await read_json(request), CompletionRequest)
+        body = await _read(request, CompletionRequest)
         uid = f"cmpl-{secrets.token_hex(12)}"
         async with services.servings.lease() as serving:
             plans = await serving.planner.plan_completion(body, uid)
@@ -70,6 +73,14 @@ async def retrieve_model(request: web.Request) -> web.Response:
     serving = request.app[SERVICES].servings.current
     serving.planner.check_model(request.match_info["model"])
     return _json(_model_card(serving))
+
+
+async def _read(request: web.Request, record_type: type[Record]) -> Record:
+    body = await read_json(request)
+    if len(body) <= INLINE_BODY_BYTES:
+        return parse(body, record_type)
+    loop = asyncio.get_running_loop()
+    return await loop.run_in_executor(request.app[SERVICES].prompt_threads, parse, body, record_type)
 
 
 async def _reply(
