@@ -44,6 +44,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=15.0, help="of load before, after and between orders")
     parser.add_argument("--swap-to", help="swap to this checkpoint in place of quantizing one")
     parser.add_argument("--quantize", type=json.loads, default={}, help="options of the quantization, as JSON")
+    parser.add_argument("--cancel-after", type=float, help="cancel the quantization after so many seconds; no swap")
     parser.add_argument("--score-cases", type=int, default=0, help="held-out tool calls to score the demo model on")
     parser.add_argument("--compare", action="store_true", help="compare every answer with those of an idle server")
     parser.add_argument("--server", action="append", default=[], help="an option of the server, such as --tp=1")
@@ -107,8 +108,9 @@ class Benchmark:
             job = await self._order()
             await self._in_phase("after", asyncio.sleep(self._arguments.seconds))
             card = await self._get("/v1/models")
-            await self._in_phase("rolling back", self._follow(await self._post("/admin/models/rollback", {})))
-            await self._in_phase("back", asyncio.sleep(self._arguments.seconds))
+            if self._arguments.cancel_after is None:
+                await self._in_phase("rolling back", self._follow(await self._post("/admin/models/rollback", {})))
+                await self._in_phase("back", asyncio.sleep(self._arguments.seconds))
             self._is_over = True
             await asyncio.gather(*clients)
             if self._arguments.compare or self._arguments.score_cases:
@@ -126,7 +128,14 @@ class Benchmark:
             job = await self._post(
                 "/admin/quantize", {"work_dir": "quantized", "then": "swap", **self._arguments.quantize}
             )
-        return await self._in_phase("quantizing" if job["kind"] == "quantize" else "swapping", self._follow(job))
+        work = self._follow(job) if self._arguments.cancel_after is None else self._cancel_later(job)
+        return await self._in_phase("quantizing" if job["kind"] == "quantize" else "swapping", work)
+
+    async def _cancel_later(self, job: Any) -> Any:
+        await asyncio.sleep(self._arguments.cancel_after)
+        print("cancelled at", (await self._get(f"/admin/jobs/{job['id']}")))
+        async with self._session.delete(f"{self._server.url}/admin/jobs/{job['id']}") as reply:
+            return await reply.json()
 
     async def _in_phase(self, phase: str, work: Any) -> Any:
         self._phase, start_s = phase, time.perf_counter()

@@ -49,6 +49,7 @@ class ModelPaths:
     def _inside(self, text: str, param: str) -> Path:
         try:
             path = (self.root / text).resolve()
+            path.exists()
         except (OSError, ValueError, RuntimeError) as error:  # a NUL, a name too long, links in a circle
             raise BadRequestError(f"{param}: {text[:80]!r} is no path ({error})", param=param) from None
         if not path.is_relative_to(self.root):
