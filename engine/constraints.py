@@ -7,6 +7,7 @@ What may follow what is decided by whoever made the request; nothing a constrain
 """
 
 import os
+import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -16,6 +17,8 @@ from .api import TokenConstraint
 
 # From when on a step goes on without a mask. With two threads and InternLM2's vocabulary 256 masks take 4 ms.
 LATE_S = 0.006
+_SLOW_S = 0.003  # of a thread's own time; a mask that takes so long has more like it to follow
+_MASKS_AS_SLOW = 64
 _MASKS_PER_THREAD = 4  # fewer are not worth waking another one; a mask takes 30 us
 _FEWEST_THREADS, _MOST_THREADS = 2, 8  # with one, the first costly mask would hold up all others
 
@@ -37,8 +40,13 @@ class ConstraintState:
     failure: str | None = None
     is_ready: bool = False
     is_late: bool = False  # a step goes on without its mask; the scheduler leaves the sequence out until it is there
-    is_slow: bool = False  # it was late once
+    _num_masks_as_slow: int = 0  # that it is taken to be slow for
     _forced_token_ids: tuple[int, ...] = ()
+
+    @property
+    def is_slow(self) -> bool:
+        """Whether one of its last masks was costly."""
+        return self._num_masks_as_slow > 0
 
     @property
     def has_forced(self) -> bool:
@@ -58,7 +66,10 @@ class ConstraintState:
 
     def prepare(self) -> None:
         """Find out which tokens are forced now, go on by them, and compute the mask behind them."""
+        begun_s = time.thread_time()
         self._run(self._compute)
+        is_costly = time.thread_time() - begun_s > _SLOW_S
+        self._num_masks_as_slow = _MASKS_AS_SLOW if is_costly else max(0, self._num_masks_as_slow - 1)
         self.is_ready = True
 
     def hand_out_forced(self) -> tuple[int, ...]:
@@ -72,7 +83,7 @@ class ConstraintState:
         self.is_over = self.constraint.is_over
 
     def _compute(self) -> None:
-        if self.fast_forward_from is not None and self.num_tokens >= max(1, self.fast_forward_from):
+        if self.fast_forward_from is not None and self.num_tokens >= self.fast_forward_from:
             forced = tuple(self.constraint.take_forced())
             self.num_tokens += len(forced)
             self._forced_token_ids += forced
@@ -95,7 +106,7 @@ class ConstraintState:
 class MaskThreads:
     """Prepares constraints side by side; native code computes masks without Python's lock. Used by the engine thread.
 
-    What was slow once has a thread of its own, so that a few costly constraints never occupy all the others.
+    What was slow lately has a thread of its own, so that a few costly constraints never occupy all the others.
     """
 
     def __init__(self) -> None:
@@ -114,15 +125,13 @@ class MaskThreads:
         running = [self._threads.submit(_prepare_all, quick) for _ in range(num_threads)]
         running += [self._slow_thread.submit(state.prepare) for state in unready if state.is_slow]
         _, pending = wait(running, timeout=LATE_S)
-        held_up = set(quick)
-        if held_up:  # by what takes long
+        if quick:  # held up by what takes long
             pending.add(self._threads.submit(_prepare_all, quick))
         while any(not state.is_ready and not state.may_be_late for state in unready):
             _, pending = wait(pending, return_when=FIRST_COMPLETED)
         for state in unready:
             if not state.is_ready:
                 state.is_late = True
-                state.is_slow |= state not in held_up
                 self._late[state] = list(pending)
 
     def note_ready(self) -> None:
