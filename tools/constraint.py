@@ -107,6 +107,8 @@ class ReplyConstraint:
 
     def take_forced(self) -> list[int]:
         """Go on by the tokens of which the mask would allow no other, as far as they are known, and return them."""
+        if self._stage is _Stage.START:
+            return self._take_forced_at_start()
         if self._stage is not _Stage.GRAMMAR:
             return []
         matcher = self._current_matcher()
@@ -114,6 +116,17 @@ class ReplyConstraint:
         if token_ids and not matcher.consume_tokens(token_ids):
             raise RuntimeError(f"the grammar broke: {matcher.get_error()[:300]}")
         return token_ids
+
+    def _take_forced_at_start(self) -> list[int]:
+        """Enter the answer's grammar if nothing else may come and it leaves no choice."""
+        rules = self._rules
+        if rules.answer is None or rules.calls is not None or self._may_think or self._may_be_blank:
+            return []
+        token_ids = self._meter.forced_by(rules.answer.new_matcher())
+        if not token_ids or (rules.drops_first_space and rules.sets.spaced >> token_ids[0] & 1):
+            return []
+        self._enter(rules.answer)
+        return self.take_forced()
 
     def accept(self, token_id: int) -> None:
         """Go on by a token that the mask allowed."""
