@@ -1,7 +1,8 @@
 """How far a run is and how long it will go on. No torch.
 
-The share of each phase is what it took of runs on an H200 at a 7B model's size and on two CPU cores with the demo's;
-the time left follows from the time that the work done so far has taken, and says nothing before there is any.
+The shares of phases are what they took of a run at a 7B model's size on an H200; that of the evaluation, which differs
+most, is the caller's to tell. The time left follows from the time that the work done so far has taken, and is unknown
+before there is any.
 """
 
 import time
@@ -11,8 +12,7 @@ from typing import Literal
 
 Phase = Literal["read", "search", "write", "evaluate", "done"]
 
-_SHARES: dict[Phase, float] = {"read": 0.02, "search": 0.70, "write": 0.06, "evaluate": 0.22, "done": 0.0}
-_EVALUATION: Phase = "evaluate"
+_SHARES: dict[Phase, float] = {"read": 0.02, "search": 0.90, "write": 0.08}  # of a run without evaluation
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,11 +29,12 @@ class Progress:
 class ProgressMeter:
     """Turns what a run has done into reports, and keeps the seconds that each phase took."""
 
-    def __init__(self, num_layers: int, on_progress: Callable[[Progress], None], *, evaluates: bool) -> None:
+    def __init__(self, num_layers: int, on_progress: Callable[[Progress], None], *, evaluation_share: float) -> None:
+        """`evaluation_share` is what evaluating takes of the whole, 0 to 1."""
         self._num_layers = num_layers
         self._on_progress = on_progress
-        shares = {phase: share for phase, share in _SHARES.items() if evaluates or phase != _EVALUATION}
-        self._shares = {phase: share / sum(shares.values()) for phase, share in shares.items()}
+        self._shares = {phase: share * (1 - evaluation_share) for phase, share in _SHARES.items()}
+        self._shares["evaluate"] = evaluation_share
         self._done_before = 0.0  # share of the phases that are over
         self._known_done = 0.0  # share that an earlier run did, which took this one no time
         self._phase: Phase | None = None

@@ -6,13 +6,11 @@ folder, from which `resume` goes on: layers that are done are only passed, and t
 """
 
 import hashlib
-import logging
 import resource
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save
@@ -28,6 +26,7 @@ from .layer import Layer, LayerWeights
 from .layer_store import LayerStore
 from .layered_reference import layered_reference
 from .options import QuantizeOptions
+from .precision import SCALE_DTYPES, choose_device, compute_dtype, stored_dtype
 from .progress import Progress, ProgressMeter
 from .report import FormatOfWeights, LayerRow, PeakMemory, Quality, Report, SizeBytes, read_report, write_report
 from .rounding import Rounding
@@ -35,13 +34,7 @@ from .source import SourceModel
 from .text import Encode, EncodeChat, TokenSource, calibration_windows, evaluation_windows, held_out_text, read_text
 from .writer import check_space, layer_tensors, write_checkpoint
 
-logger = logging.getLogger(__name__)
-
 _BATCH_TOKENS = {"cuda": 8192, "cpu": 1}
-# float16 ends at 65504; activations on other text may be larger than those seen.
-_LARGEST_FLOAT16_ACTIVATION = 65504 / 4
-_LARGEST_FLOAT16_WEIGHT = 65504
-_DTYPES = {"auto": torch.float16, "float16": torch.float16, "bfloat16": torch.bfloat16}
 # Options that change no bit of the checkpoint.
 _WITHOUT_EFFECT = frozenset(
     {"work_dir", "calib_dataset", "calib_data_dir", "device", "resume", "overwrite", "eval_dataset", "eval_tokens"}
@@ -83,11 +76,13 @@ class _Run:
         self._source = SourceModel(source_folder)
         self._output = Path(options.work_dir).expanduser()
         self._store = LayerStore(self._output)
-        self._device = _choose_device(options)
-        self._compute_dtype = _compute_dtype(self._device)
-        self._rounding = Rounding(options.w_group_size, options.w_sym, _DTYPES[options.dtype])
+        self._device = choose_device(options.device)
+        self._compute_dtype = compute_dtype(self._device)
+        self._rounding = Rounding(options.w_group_size, options.w_sym, SCALE_DTYPES[options.dtype])
         self._text = text
-        self._meter = ProgressMeter(self._source.config.num_layers, on_progress, evaluates=not options.skip_evaluation)
+        self._meter = ProgressMeter(
+            self._source.config.num_layers, on_progress, evaluation_share=_evaluation_share(options, self._device)
+        )
         self._quantizer = LayerQuantizer(
             self._source.config,
             self._source.plans,
@@ -207,13 +202,13 @@ class _Run:
 
     def _search(self, windows: torch.Tensor | None) -> None:
         """Quantize and store every layer that is not stored yet; those before the first such are only passed."""
-        num_finished = self._store.num_finished()
-        if num_finished == self._source.config.num_layers:
-            return
-        calibration = None if windows is None else self._calibration(windows)
+        num_layers, num_finished = self._source.config.num_layers, self._store.num_finished()
         self._meter.begin("search")
         self._meter.skip_layers(num_finished)
-        for index in range(0 if calibration else num_finished, self._source.config.num_layers):
+        if num_finished == num_layers:
+            return
+        calibration = None if windows is None else self._calibration(windows)
+        for index in range(0 if calibration else num_finished, num_layers):
             self._meter.layer(index)
             stored = self._source.layer(index, self._device)
             layer = Layer(self._source.config, stored.to(self._compute_dtype))
@@ -255,12 +250,17 @@ class _Run:
 
     def _write(self, largest_outer: float) -> None:
         notes = [self._store.notes(layer) for layer in range(self._source.config.num_layers)]
+        dtype = stored_dtype(
+            self._options.dtype,
+            largest_activation=max(note["largest_activation"] for note in notes),
+            largest_weight=max(largest_outer, *(note["largest_weight"] for note in notes)),
+        )
         write_checkpoint(
             self._source,
             self._store,
             self._output,
             rounding=self._rounding,
-            dtype=self._stored_dtype(notes, largest_outer),
+            dtype=dtype,
             unquantized_modules=[
                 f"{layer_prefix(layer)}{name}"
                 for layer, note in enumerate(notes)
@@ -334,39 +334,16 @@ class _Run:
             method="awq", bits=options.w_bits, group_size=options.w_group_size, symmetric=options.w_sym
         )
 
-    def _stored_dtype(self, notes: Sequence[Mapping[str, Any]], largest_outer: float) -> torch.dtype:
-        """Return the type of the checkpoint; "auto" leaves float16 when something would not fit."""
-        if self._options.dtype == "bfloat16":
-            return torch.bfloat16
-        activation = max(note["largest_activation"] for note in notes)
-        weight = max(largest_outer, *(note["largest_weight"] for note in notes))
-        if self._options.dtype == "float16" and weight > _LARGEST_FLOAT16_WEIGHT:
-            raise ConfigError(
-                f"a weight that is not quantized reaches {weight:.0f}, and float16 ends at {_LARGEST_FLOAT16_WEIGHT}; "
-                "leave --dtype out, or give --dtype bfloat16"
-            )
-        fits = activation <= _LARGEST_FLOAT16_ACTIVATION and weight <= _LARGEST_FLOAT16_WEIGHT
-        if fits or self._options.dtype == "float16":
-            return torch.float16
-        logger.warning(
-            "the checkpoint is bfloat16: activations reach %.0f and weights %.0f, and float16 ends at %d",
-            activation,
-            weight,
-            _LARGEST_FLOAT16_WEIGHT,
-        )
-        return torch.bfloat16
 
-
-def _choose_device(options: QuantizeOptions) -> torch.device:
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device cuda: torch finds no GPU; give --device cpu, or check the driver")
-    return torch.device("cuda" if options.device != "cpu" and torch.cuda.is_available() else "cpu")
-
-
-def _compute_dtype(device: torch.device) -> torch.dtype:
-    """Return what layers are computed in: bfloat16, whose products are ten times as fast on a CPU with tiles (AMX)."""
-    has_fast_bfloat16 = device.type == "cuda" or torch.cpu._is_amx_tile_supported()
-    return torch.bfloat16 if has_fast_bfloat16 else torch.float32
+def _evaluation_share(options: QuantizeOptions, device: torch.device) -> float:
+    """Return which part of the time the evaluation will take, as measured at a 7B model's size and at the demo's."""
+    if options.skip_evaluation:
+        return 0.0
+    if device.type == "cuda":
+        return 0.2  # most of it is loading
+    # On a CPU a token that is measured takes as long as twenty that are calibrated on, and each search as 40000.
+    measured = 20 * options.eval_tokens
+    return measured / (measured + options.calib_samples * options.calib_seqlen + 40000)
 
 
 def _weight_bytes(folder: Path) -> int:

@@ -31,13 +31,14 @@ def run_layers(meter: ProgressMeter, clock: Clock, layers: range, seconds: float
 
 def test_a_run_from_its_beginning(clock: Clock) -> None:
     reports: list[Progress] = []
-    meter = ProgressMeter(10, reports.append, evaluates=True)
+    meter = ProgressMeter(10, reports.append, evaluation_share=0.2)
     meter.begin("read")
     meter.begin("search")
     run_layers(meter, clock, range(10), 7.0)
     assert reports[-1].layer == 9
-    # 63 s for 63 % of the search's 70 %, which leaves 35 %, and as much of reading as took no time.
-    assert reports[-1].seconds_left == pytest.approx(63 / 0.65 * 0.35)
+    done = 0.8 * (0.02 + 0.90 * 0.9)
+    assert reports[-1].percent == pytest.approx(100 * done)
+    assert reports[-1].seconds_left == pytest.approx(63 / done * (1 - done))
     meter.begin("write")
     meter.part(0.5)
     meter.begin("evaluate")
@@ -51,14 +52,13 @@ def test_a_run_from_its_beginning(clock: Clock) -> None:
 
 def test_layers_of_an_earlier_run_took_this_one_no_time(clock: Clock) -> None:
     reports: list[Progress] = []
-    meter = ProgressMeter(10, reports.append, evaluates=False)
+    meter = ProgressMeter(10, reports.append, evaluation_share=0.0)
     meter.begin("read")
     meter.begin("search")
     meter.skip_layers(8)
     run_layers(meter, clock, range(8), 0.1)
     assert all(report.seconds_left is None for report in reports), "nothing of its own is done yet"
     run_layers(meter, clock, range(8, 10), 7.0)
-    share = 0.7 / 0.78  # of the search, in a run without evaluation
-    done = 0.02 / 0.78 + share * 0.9
+    done = 0.02 + 0.90 * 0.9
     assert reports[-1].percent == pytest.approx(100 * done)
-    assert reports[-1].seconds_left == pytest.approx(7.8 / (done - share * 0.8) * (1 - done))
+    assert reports[-1].seconds_left == pytest.approx(7.8 / (done - 0.90 * 0.8) * (1 - done))
