@@ -2,7 +2,9 @@
 
 import asyncio
 import json
+import shutil
 import signal
+import subprocess
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -10,7 +12,10 @@ from typing import Any
 
 import aiohttp
 import pytest
+from safetensors.torch import load_file, save_file
 from server_process import ServerProcess
+
+import lmdserve
 
 NUM_CLIENTS = 20
 OPTIONS = {"calib_samples": 2, "calib_seqlen": 128, "eval_tokens": 256}
@@ -159,3 +164,48 @@ async def test_a_job_outlives_a_kill_of_its_server(tmp_path: Path) -> None:
         assert server.stop() == 0
     finally:
         server.close()
+
+
+@pytest.mark.slow
+async def test_what_cannot_be_quantized_is_said_and_leaves_nothing(tmp_path: Path) -> None:
+    """A text that is too short, a data set that nobody has, weights that are not numbers, and a disk that is full."""
+    models_dir, disk = tmp_path / "models", tmp_path / "models" / "disk"
+    disk.mkdir(parents=True)
+    (models_dir / "short.txt").write_text("Too short.")
+    write_with_nan(models_dir / "nan")
+    has_small_disk = (
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", disk], check=False).returncode == 0
+    )
+    server = start_server(models_dir)
+    try:
+        async with client_of(server) as client:
+            before = await client.answer(1)
+            cases = [
+                ({"work_dir": "out", "calib_dataset": "short.txt"}, "short.txt has "),
+                ({"work_dir": "out", "calib_dataset": "no_such_set"}, "no_such_set"),
+                ({"work_dir": "out", "model": "nan"}, "model.layers.3.feed_forward.w2.weight"),
+            ]
+            if has_small_disk:
+                cases.append(({"work_dir": "disk/out"}, "free"))
+            for order, words in cases:
+                job = await client.finished(await client.ask("POST", "/admin/quantize", {**OPTIONS, **order}))
+                assert (job["status"], job["error"]["code"]) == ("failed", "quantization_failed")
+                assert words in job["error"]["message"]
+                assert "Traceback" not in job["error"]["message"]
+                assert not (models_dir / order["work_dir"]).exists()
+            assert await client.answer(1) == before
+    finally:
+        server.close()
+        if has_small_disk:
+            subprocess.run(["umount", disk], check=True)
+
+
+def write_with_nan(folder: Path) -> None:
+    """Write a copy of the demo model in which one weight is not a number."""
+    demo = Path(lmdserve.__file__).parent / "demo" / "model"
+    shutil.copytree(demo, folder)
+    name = "model.layers.3.feed_forward.w2.weight"
+    shard = folder / json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"][name]
+    tensors = load_file(shard)
+    tensors[name][5, 7] = float("nan")
+    save_file(tensors, shard)
