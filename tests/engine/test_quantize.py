@@ -200,7 +200,10 @@ def test_a_linear_whose_sizes_do_not_fit_stays_in_16_bits_and_is_named(tmp_path:
     assert (logits(output) - logits(source)).norm() < 0.5 * logits(source).norm()
 
 
-def test_one_group_for_a_whole_row(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_one_group_for_a_whole_row(dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In both types that layers are computed in: which one a CPU takes is its own matter."""
+    monkeypatch.setattr("lmdserve.engine.quantize.run.compute_dtype", lambda device: dtype)
     source = checkpoint(case_named("llama2"), tmp_path / "source")
     output = quantize_folder(source, tmp_path / "out", **{**OPTIONS, "w_group_size": -1})
     assert tensors_of(output)["model.layers.0.mlp.down_proj.scales"].shape == (1, 64)
