@@ -81,16 +81,18 @@ WAYS = (
 def main() -> int:
     parser = OptionParser(description=__doc__)
     parser.add_argument("model")
+    parser.add_argument("--way", action="append", choices=[way.name for way in WAYS], help="default: all")
     parser.add_argument("--other", action="append", default=[], metavar="NAME=FOLDER")
     add_options(parser, QuantizeOptions, title="quantization")
     namespace = parser.parse_known(sys.argv[1:])
     options = dataclasses.replace(read_options(QuantizeOptions, namespace), skip_evaluation=True, overwrite=True)
     folder = resolve_model_folder(namespace.model, None)
+    ways = [way for way in WAYS if namespace.way is None or way.name in namespace.way]
     with tempfile.TemporaryDirectory() as scratch:
         text = TextSide(*load_encoders(folder))
         if namespace.model == "demo":
             options, text = demo_text(options, folder, Path(scratch))
-        measure(folder, dataclasses.replace(options, work_dir=f"{scratch}/out"), text, namespace.other)
+        measure(folder, dataclasses.replace(options, work_dir=f"{scratch}/out"), text, ways, namespace.other)
     return 0
 
 
@@ -107,7 +109,7 @@ def demo_text(options: QuantizeOptions, folder: Path, scratch: Path) -> tuple[Qu
     return named, TextSide(lambda text: tokenizer.encode_segments(tokenizer.split_control(text)), None)
 
 
-def measure(folder: Path, options: QuantizeOptions, text: TextSide, others: list[str]) -> None:
+def measure(folder: Path, options: QuantizeOptions, text: TextSide, ways: list[Way], others: list[str]) -> None:
     device = torch.device("cuda" if options.device != "cpu" and torch.cuda.is_available() else "cpu")
     name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     source = SourceModel(folder)
@@ -126,7 +128,7 @@ def measure(folder: Path, options: QuantizeOptions, text: TextSide, others: list
     with torch.inference_mode():
         known, row = layered_reference(source, windows, batch_size=1, device=device, on_share_done=lambda done: None)
         print_row("16-bit", row)
-        for way in WAYS:
+        for way in ways:
             with way.replaced():
                 made = quantize(folder, dataclasses.replace(options, **way.changes), text, lambda progress: None)
             print_row(way.name, evaluate(made, windows, device=device, kv_policies=(0,), reference=known)[0])
