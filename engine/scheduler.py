@@ -244,8 +244,8 @@ class Scheduler:
         return chunks
 
     def _is_run(self, sequence: Sequence) -> bool:
-        """Whether several known tokens follow what was computed of an output; else a past is computed again."""
-        if not sequence.is_prompt_launched:
+        """Whether several forced tokens follow what was computed of an output; else a past is computed again."""
+        if sequence.constraint is None or not sequence.is_prompt_launched:
             return False
         has_blocks = len(sequence.block_ids) * self._pool.block_size >= sequence.num_tokens
         return sequence.num_pending_tokens <= MAX_RUN_TOKENS or not has_blocks

@@ -49,9 +49,8 @@ class Stepper:
     def advance(self, chunks: SequenceOf[Chunk]) -> list[FinishedStep]:
         """Launch a step, unless `chunks` is empty, then wait for the oldest one unless the device can take one more.
 
-        Returns the steps that are over now. With nothing to launch and nothing in flight, waits a little for
-        a late mask.
-        Raises EngineDeadError when nothing works any more.
+        Returns the steps that are over now. With nothing to launch and nothing in flight, waits a little for a late
+        mask. Raises EngineDeadError when nothing works any more.
         """
         self._masks.note_ready()
         if not chunks:
