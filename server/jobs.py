@@ -45,6 +45,7 @@ class Jobs:
         self._worker_command = worker_command
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._cancelled: set[str] = set()
+        self._changing: Job | None = None  # the job whose turn it is to change the checkpoint
 
     def start(self) -> None:
         """Take up what a server before this one left unfinished."""
@@ -89,8 +90,7 @@ class Jobs:
         """End a job and tidy up; return when that is done. ConflictError when it is over or past that point."""
         if job.is_over:
             raise ConflictError(f"job {job.id} is {job.status} already")
-        is_swapping = job.is_quantized or job.kind != "quantize"
-        if is_swapping and not self._swapper.can_cancel:
+        if job is self._changing and not self._swapper.can_cancel:
             raise ConflictError(
                 f"job {job.id} is past the point where it can be cancelled; POST /admin/models/rollback goes back"
             )
@@ -166,10 +166,14 @@ class Jobs:
         def on_phase(phase: str) -> None:
             self._board.report(job, Progress(phase))
 
-        if job.kind == "rollback":
-            await self._swapper.roll_back(job.plan, drain_timeout_s=job.drain_timeout, on_phase=on_phase)
-        else:
-            await self._swapper.swap(target, job.plan, drain_timeout_s=job.drain_timeout, on_phase=on_phase)
+        self._changing = job
+        try:
+            if job.kind == "rollback":
+                await self._swapper.roll_back(job.plan, drain_timeout_s=job.drain_timeout, on_phase=on_phase)
+            else:
+                await self._swapper.swap(target, job.plan, drain_timeout_s=job.drain_timeout, on_phase=on_phase)
+        finally:
+            self._changing = None
 
     @property
     def _kv_bits(self) -> int:

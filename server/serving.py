@@ -133,8 +133,9 @@ class Servings:
             self.fail(DrainingError())
 
     def stats(self) -> EngineStats:
-        """Return the sums over all engines there are and were."""
-        return _sum([self._retired, *(serving.engine.stats() for serving in self._live)])
+        """Return the sums over all engines there are and were; who waits for the next one waits too."""
+        held_back = replace(_NOTHING, num_waiting=self._num_waiting)
+        return _sum([self._retired, held_back, *(serving.engine.stats() for serving in self._live)])
 
     def check_health(self) -> None:
         """Raise EngineDeadError unless requests are served, or will be once the next checkpoint is loaded."""

@@ -169,6 +169,23 @@ async def test_then_swap_waits_for_a_swap_that_is_under_way(server: AdminServer)
     assert list(server.loader.engines) == ["other", "out"]
 
 
+async def test_a_job_that_waits_for_a_swap_can_be_cancelled(server: AdminServer) -> None:
+    """Whatever point the other's swap has reached; what was quantized is complete and stays."""
+    server.model("model", quantizing())
+    server.model("other")
+    server.loader.gate.clear()
+    _, swap = await server.ask("POST", "/admin/models/swap", {"model": "other"})
+    server.services.admin.swapper.can_cancel = False  # type: ignore[union-attr]
+    _, job = await server.ask("POST", QUANTIZE, {"model": "model", "work_dir": "out", "then": "swap"})
+    await until((server.models_dir / "out" / "generation_config.json").exists)
+    await until(lambda: server.services.admin.board.find(job["id"]).is_quantized)  # type: ignore[union-attr]
+    status, state = await server.ask("DELETE", f"/admin/jobs/{job['id']}")
+    assert (status, state["status"]) == (200, "cancelled")
+    server.loader.gate.set()
+    assert (await server.finished(swap["id"]))["status"] == "done"
+    assert (server.models_dir / "out" / "config.json").exists()
+
+
 async def test_a_server_that_stops_ends_the_worker_and_the_next_one_resumes(
     engine: FakeEngine, model: ServedModel, tmp_path: Path
 ) -> None:

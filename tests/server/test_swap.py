@@ -137,6 +137,7 @@ async def test_draining_holds_new_requests_back_until_the_new_weights_serve(mode
         await until(lambda: old.is_released)
         await asyncio.sleep(0.05)
         assert not any(task.done() for task in waiting)
+        assert server.services.servings.stats().num_waiting == 4
         assert (await server.ask("GET", "/health"))[0] == 200
         server.loader.gate.set()
         assert await asyncio.gather(*waiting) == ["new"] * 4
