@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 __all__ = ["load_model", "resolve_model_folder"]
 
 # Buffers that old checkpoints carry along; they follow from config.json.
-_IGNORED_NAMES = re.compile(r"(^|\.)rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
+IGNORED_NAMES = re.compile(r"(^|\.)rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
 _NUM_NAMES_SHOWN = 4
 
 
@@ -102,7 +102,7 @@ class _PendingModel:
     def ignores(self, name: str) -> bool:
         """Say whether a tensor may be in the checkpoint and has no use: old buffers, and a tied head's copy."""
         tied_head = self._config.tie_word_embeddings and name == f"{self._config.family.names.head}.weight"
-        return tied_head or _IGNORED_NAMES.search(name) is not None
+        return tied_head or IGNORED_NAMES.search(name) is not None
 
     def finish(self) -> "Decoder | FusedDecoder":
         """Return the model; every target has been filled."""

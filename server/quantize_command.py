@@ -73,7 +73,7 @@ def _shown_as_json(namespace: argparse.Namespace) -> int:
     except ConfigError as error:
         _print_json({"phase": "error", "message": str(error)})
         return _STATUS_OF_BAD_INPUT
-    except (OSError, RuntimeError) as error:  # a full disk, a full GPU
+    except (OSError, RuntimeError) as error:
         _print_json({"phase": "error", "message": _one_line(error)})
         return 1
     _print_json({"phase": "done", "output": str(output), "report": str(output / "report.json")})
@@ -81,11 +81,12 @@ def _shown_as_json(namespace: argparse.Namespace) -> int:
 
 
 def _shown_to_people(namespace: argparse.Namespace) -> int:
-    if namespace.progress == "none":
-        output = _run(namespace, lambda progress: None)
-    else:
-        with _bar() as show:
+    try:
+        with _no_bar() if namespace.progress == "none" else _bar() as show:
             output = _run(namespace, show)
+    except OSError as error:  # a full disk, above all
+        print(f"lmdserve: error: {_one_line(error)}; what is done is kept, so --resume goes on", file=sys.stderr)
+        return 1
     from lmdserve.engine.quantize.report import read_report, report_table
 
     print(report_table(read_report(output)))
@@ -104,6 +105,11 @@ def _run(namespace: argparse.Namespace, show: Show) -> Path:
 
     folder = resolve_model_folder(namespace.model, namespace.revision)
     return run(folder, options, TextSide(*load_encoders(folder)), show)
+
+
+@contextmanager
+def _no_bar() -> Iterator[Show]:
+    yield lambda progress: None
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ..api import ConfigError
@@ -47,14 +47,10 @@ class LayerStore:
         keys = sorted(key for key in {*identity, *known} if identity.get(key) != known.get(key))
         return "; ".join(f"{key} was {known.get(key)!r} and is {identity.get(key)!r}" for key in keys) or None
 
-    def has(self, layer: int) -> bool:
-        """Say whether this layer is finished."""
-        return self._path(layer).is_file()
-
     def num_finished(self) -> int:
         """Return how many layers from the first on are finished."""
         count = 0
-        while self.has(count):
+        while self._path(count).is_file():
             count += 1
         return count
 
@@ -87,11 +83,14 @@ class LayerStore:
 
 
 def save_atomically(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str]) -> None:
-    """Write a safetensors file that is complete or not there, whatever happens."""
+    """Write a safetensors file that is complete or not there, whatever happens; OSError when the disk takes no more."""
     temporary = path.with_name(path.name + ".part")
     temporary.touch()
     mode = temporary.stat().st_mode  # safetensors makes files that only their owner reads
-    save_file(dict(tensors), temporary, metadata=metadata)
+    try:
+        save_file(dict(tensors), temporary, metadata=metadata)
+    except SafetensorError as error:
+        raise OSError(f"{path} cannot be written ({error})") from None
     temporary.chmod(mode)
     _commit(temporary, path)
 

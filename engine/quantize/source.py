@@ -7,6 +7,7 @@ import torch
 
 from ..api import ConfigError
 from ..checkpoint import Checkpoint
+from ..loader import IGNORED_NAMES
 from ..model_config import ModelConfig
 from .architectures import LinearKey, LinearPlan, layer_prefix, linear_plans, norm_names
 from .layer import LayerWeights, Weight
@@ -15,7 +16,8 @@ from .layer import LayerWeights, Weight
 class SourceModel:
     """A checkpoint's weights by their place in the model; every tensor is checked when it is read.
 
-    A tensor that is missing, of another shape than config.json implies or not finite is a ConfigError that names it.
+    A tensor that is missing, of another shape than config.json implies, not finite or of no use to this family is a
+    ConfigError that names it.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -29,6 +31,7 @@ class SourceModel:
             )
         self.plans: dict[LinearKey, LinearPlan] = linear_plans(self.config)
         self._checkpoint = Checkpoint(folder)
+        self._refuse_unknown_tensors()
 
     def fingerprint(self) -> str:
         """Return a digest that changes when config.json or a weight file does, by their sizes and times."""
@@ -67,6 +70,23 @@ class SourceModel:
             head = f"{names.head}.weight"
             tensors[head] = self._read(head, (config.vocab_size, config.hidden_size), torch.device("cpu"))
         return tensors
+
+    def _refuse_unknown_tensors(self) -> None:
+        """What has no place in the model would be lost: it may be old buffers and a tied head's copy, nothing else."""
+        config, names = self.config, self.config.family.names
+        known = {f"{name}.weight" for name in (names.embedding, names.final_norm, names.head)}
+        for prefix in map(layer_prefix, range(config.num_layers)):
+            known.update(f"{prefix}{name}.weight" for name in norm_names(config).values())
+            for plan in self.plans.values():
+                suffixes = ("weight", "bias") if plan.has_bias else ("weight",)
+                known.update(f"{prefix}{name}.{suffix}" for name, _ in plan.modules for suffix in suffixes)
+        unknown = [name for name in self._checkpoint.tensor_names() if name not in known]
+        unknown = [name for name in unknown if IGNORED_NAMES.search(name) is None]
+        if unknown:
+            raise ConfigError(
+                f"{self.folder} has {len(unknown)} tensors that a {config.family.name} model does not use, such as "
+                f"{unknown[0]}, and they would be lost; check that config.json belongs to these weights"
+            )
 
     def _linear(self, index: int, plan: LinearPlan, device: torch.device) -> Weight:
         names = [(layer_prefix(index) + name, size) for name, size in plan.modules]

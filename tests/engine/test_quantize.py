@@ -285,6 +285,18 @@ def test_a_weight_that_is_not_finite_is_named(name: str, value: float, tmp_path:
     assert not (tmp_path / "out").exists()
 
 
+def test_a_tensor_that_would_be_lost_is_named(tmp_path: Path) -> None:
+    case = case_named("llama2")
+    tensors = case.tensors(case.reference_model())
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)  # old checkpoints have it; it is not missed
+    source = write_checkpoint(tmp_path / "source", case.config_json(), tensors)
+    quantize_folder(source, tmp_path / "out", **{**OPTIONS, "calib_samples": 0})
+    tensors["model.layers.0.self_attn.q_norm.weight"] = torch.ones(16)
+    write_checkpoint(source, case.config_json(), tensors)
+    with pytest.raises(ConfigError, match=r"1 tensors that a Llama model does not use, such as .*q_norm\.weight"):
+        quantize_folder(source, tmp_path / "other", **OPTIONS)
+
+
 def test_a_disk_that_is_too_full_is_seen_before_anything_is_computed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

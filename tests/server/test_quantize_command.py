@@ -1,6 +1,5 @@
 """`lmdserve quantize` as a process: what it prints, how it ends, and that a killed run goes on where it was."""
 
-import errno
 import hashlib
 import json
 import os
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from lmdserve.engine.api import ConfigError
 from lmdserve.server import quantize_command
@@ -85,15 +85,17 @@ def test_bad_input_is_one_line_of_json(capsys: pytest.CaptureFixture[str], tmp_p
     assert not (tmp_path / "out").exists()
 
 
-def test_a_disk_that_fills_up_is_one_line_of_json(
+def test_a_disk_that_fills_up_is_one_line(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     def fill(*arguments: object, **options: object) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
 
     monkeypatch.setattr("lmdserve.engine.quantize.layer_store.save_file", fill)
-    arguments = ["demo", "--work-dir", str(tmp_path / "out"), "--calib-samples", "0", "--progress", "json"]
-    assert quantize_command.quantize([*arguments, "--skip-evaluation"]) == 1
+    arguments = ["demo", "--work-dir", str(tmp_path / "out"), "--calib-samples", "0", "--skip-evaluation", "--resume"]
+    assert quantize_command.quantize(arguments) == 1
+    assert "No space left on device (os error 28)); what is done is kept" in capsys.readouterr().err
+    assert quantize_command.quantize([*arguments, "--progress", "json"]) == 1
     error = json_lines(capsys.readouterr().out)[-1]
     assert error["phase"] == "error"
     assert "No space left on device" in str(error["message"])
