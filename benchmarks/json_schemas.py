@@ -9,6 +9,7 @@ compiled as `response_format` does it. Documents are drawn at random from the ma
 import argparse
 import asyncio
 import json
+import re
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -50,14 +51,15 @@ def main() -> None:
         print(f"\n| schemas | {' | '.join(WILD_COLUMNS)} |\n|---|{'---|' * len(WILD_COLUMNS)}")
         for folder in options.schemas:
             bench.read_wild(folder.name, list(_files(folder))[:: options.every], options.documents)
-    print(f"\n| compile, ms | number | p50 | p90 | p99 | max |\n|---|---|---|---|---|---|\n{bench.compile_row()}")
+    print("\n| compile, ms of CPU | number | p50 | p90 | p99 | max |\n|---|---|---|---|---|---|")
+    print(bench.compile_row())
 
 
 SUITE_COLUMNS = (
     "schemas", "strict", "lenient", "refused", "valid", "valid, taken", "invalid", "invalid, taken"
 )  # fmt: skip
 WILD_COLUMNS = (
-    "schemas", "strict", "lenient", "refused", "documents", "valid", "withheld", "wrong", "cut", "failed"
+    "schemas", "strict", "lenient", "refused", "documents", "valid", "withheld", "wrong", "unjudged", "cut", "failed"
 )  # fmt: skip
 
 
@@ -117,13 +119,13 @@ class Bench:
     def _compile(self, schema: Any, counts: Counter[str], reasons: Counter[str] | None = None) -> Grammar | None:
         """Return the grammar, or None for a schema that the server would refuse."""
         counts["schemas"] += 1
-        begun_s = time.perf_counter()
+        begun_s = time.process_time()
         try:
             grammar = self._compiler.compile(json_schema_source(schema, must_be_strict=False))
             problem = problem_of(json.dumps(schema), None) if grammar.unenforced else None
         except (GrammarError, RecursionError) as error:
             grammar, problem = None, str(error)
-        self._compile_s.append(time.perf_counter() - begun_s)
+        self._compile_s.append(time.process_time() - begun_s)
         if problem is not None or grammar is None:
             counts["refused"] += 1
             if reasons is not None and problem is not None:
@@ -153,7 +155,11 @@ class Bench:
         elif grammar.unenforced and problem_of(json.dumps(schema), text) is not None:
             counts["withheld"] += 1
         else:
-            error = _first_error(schema, json.loads(text))
+            try:
+                error = _first_error(schema, json.loads(text))
+            except re.error:  # a pattern of ECMAScript that Python's own regular expressions do not take
+                counts["unjudged"] += 1
+                return
             counts["valid" if error is None else "wrong"] += 1
             if error is not None:
                 print(f"WRONG {name}: {error[:300]}")
