@@ -45,8 +45,7 @@ class EventStream:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        self._keep_alive_task.cancel()
-        await asyncio.gather(self._keep_alive_task, return_exceptions=True)
+        await self._end_keep_alive()
 
     async def send(self, chunks: Sequence[bytes]) -> None:
         """Write some events at once."""
@@ -59,7 +58,12 @@ class EventStream:
         await self.end()
 
     async def end(self) -> None:
-        """Say no more; OpenAI's streams end with `finish` instead."""
+        """Say no more; OpenAI's streams end with `finish` instead.
+
+        Nothing is waited for behind the last byte: a client that leaves with it would cancel its handler, and be
+        counted as one that left early.
+        """
+        await self._end_keep_alive()
         await self.response.write_eof()
 
     async def fail(self, error: ApiError) -> None:
@@ -82,6 +86,11 @@ class EventStream:
                 self._writer = await self.response.prepare(self._request)
                 assert self._writer is not None, "the response has ended"
             return self._writer
+
+    async def _end_keep_alive(self) -> None:
+        if not self._keep_alive_task.done():
+            self._keep_alive_task.cancel()
+            await asyncio.gather(self._keep_alive_task, return_exceptions=True)
 
     async def _keep_alive(self) -> None:
         while True:

@@ -1,8 +1,11 @@
 """A client that leaves ends its sequences at once: on both event loops, streamed or not, before or after a token."""
 
 import asyncio
+import json
+import socket
 from collections.abc import Callable, Coroutine
 from typing import Any
+from urllib.parse import urlsplit
 
 import aiohttp
 import pytest
@@ -98,3 +101,32 @@ async def test_a_disconnect_is_counted_and_logs_no_traceback(
         page = await reply.text()
     assert 'lmdserve_requests_total{outcome="disconnected",route="/v1/chat/completions"} 1.0' in page
     assert not [record for record in caplog.records if record.exc_info or record.levelname in ("ERROR", "WARNING")]
+
+
+@pytest.mark.parametrize("loop_name", LOOPS)
+def test_a_client_that_leaves_with_the_last_byte_has_not_left_early(
+    engine: FakeEngine, model: ServedModel, loop_name: str
+) -> None:
+    """Some such streams were once logged and counted as disconnected. The client has a thread of its own: it must be
+    able to leave while the handler still runs.
+    """
+    body = json.dumps(chat_body(stream=True))
+    head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+
+    def ask(url: str) -> None:
+        for _ in range(100):
+            with socket.create_connection((urlsplit(url).hostname, urlsplit(url).port)) as connection:
+                connection.sendall((head + body).encode())
+                received = b""
+                while not received.endswith(b"\r\n0\r\n\r\n"):
+                    received += connection.recv(2**16)
+
+    async def main() -> None:
+        async with running(engine, model) as url, aiohttp.ClientSession() as session:
+            await asyncio.to_thread(ask, url)
+            async with session.get(url + "/metrics") as reply:
+                text = await reply.text()
+        assert 'outcome="succeeded",route="/v1/chat/completions"} 100.0' in text
+        assert "disconnected" not in text
+
+    on_loop(loop_name, main)
