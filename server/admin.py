@@ -93,6 +93,8 @@ class Admin:
         if target is None:
             raise ConflictError("nothing was served before the present checkpoint, so there is no way back")
         job = self._job("rollback", target, await self._plan(target, order.how or "auto"), order)
+        if self.swapper.previous != target:
+            raise ConflictError("another change of checkpoints was made meanwhile; GET /admin/models shows what serves")
         await self.jobs.swap(job)
         return job
 

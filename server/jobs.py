@@ -67,10 +67,10 @@ class Jobs:
 
     async def quantize(self, job: Job) -> None:
         """Start a quantization; ConflictError that names the job when one runs."""
+        await asyncio.to_thread(self._check_gpu, job)
         for other in self._board.jobs:
             if other.kind == "quantize" and not other.is_over:
                 raise ConflictError(f"job {other.id} is quantizing {other.model} now; wait for it, or DELETE it")
-        await asyncio.to_thread(self._check_gpu, job)
         self._board.add(job)
         self._start(job, self._quantize)
 
@@ -111,6 +111,7 @@ class Jobs:
         except asyncio.CancelledError:
             if job.id not in self._cancelled:
                 raise
+            self._cancelled.remove(job.id)
             await self._tidy_up(job)
             self._board.finish(job, "cancelled")
         except Exception as error:
@@ -169,7 +170,7 @@ class Jobs:
         self._changing = job
         try:
             if job.kind == "rollback":
-                await self._swapper.roll_back(job.plan, drain_timeout_s=job.drain_timeout, on_phase=on_phase)
+                await self._swapper.roll_back(target, job.plan, drain_timeout_s=job.drain_timeout, on_phase=on_phase)
             else:
                 await self._swapper.swap(target, job.plan, drain_timeout_s=job.drain_timeout, on_phase=on_phase)
         finally:

@@ -114,7 +114,7 @@ class Servings:
 
     def serve(self, serving: Serving) -> None:
         """Give all new requests this one, which has been added."""
-        self._current = serving
+        self._current, self._failure = serving, None
         self._is_open.set()
 
     def remove(self, serving: Serving) -> None:

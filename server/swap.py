@@ -113,9 +113,9 @@ class Swapper:
         await self._change(target, plan, drain_timeout_s, on_phase)
         self._history = [*self._history, target_of(old)][-HISTORY_LEN:]
 
-    async def roll_back(self, plan: SwapPlan, *, drain_timeout_s: float, on_phase: OnPhase) -> None:
-        """Serve what was served before the last swap; it is this caller's turn, and there is such a checkpoint."""
-        await self._change(self._history[-1], plan, drain_timeout_s, on_phase)
+    async def roll_back(self, target: Target, plan: SwapPlan, *, drain_timeout_s: float, on_phase: OnPhase) -> None:
+        """Serve the target, which is `previous`, again; it is this caller's turn."""
+        await self._change(target, plan, drain_timeout_s, on_phase)
         self._history.pop()
 
     async def _change(self, target: Target, plan: SwapPlan, drain_timeout_s: float, on_phase: OnPhase) -> None:
@@ -202,16 +202,23 @@ class Swapper:
         try:
             await engine.start()
             await _warm_up(serving)
+        except EngineError as error:
+            await _stop_and_release(serving)
+            raise SwapFailedError(f"{target.checkpoint} cannot compute: {error}") from None
         except BaseException as error:
             await _stop_and_release(serving)
-            if isinstance(error, EngineError):
-                raise SwapFailedError(f"{target.checkpoint} cannot compute: {error}") from None
-            raise
+            if not isinstance(error, Exception):
+                raise
+            logger.exception("warming up %s failed", target.checkpoint)
+            raise SwapFailedError(
+                f"{target.checkpoint} cannot compute ({type(error).__name__}: {error}); see the server's log"
+            ) from None
         return serving
 
     async def _release(self, serving: Serving) -> None:
-        self._servings.remove(serving)
-        await _stop_and_release(serving)
+        if serving in self._servings.live:  # not if a swap before this one failed so that nothing serves
+            self._servings.remove(serving)
+            await _stop_and_release(serving)
 
 
 def target_of(serving: Serving) -> Target:

@@ -163,25 +163,36 @@ async def test_draining_that_takes_too_long_is_given_up(model: ServedModel, tmp_
         assert server.loader.engines == {}
 
 
-def unstartable(checkpoint: str) -> FakeEngine:
-    """An engine whose weights compute nothing finite, as the warm-up finds out."""
+def engine_raising(error: Exception) -> FakeEngine:
+    """An engine that fails in the warm-up."""
     engine = FakeEngine()
-    engine.script = lambda request: [EngineError("the logits are not finite; the weights may hold NaN")]
+    engine.script = lambda request: [error]
     return engine
 
 
 @pytest.mark.parametrize("how", ["beside", "drain"])
-@pytest.mark.parametrize("fault", ["loading", "bug", "computing"])
-async def test_a_checkpoint_that_does_not_work_changes_nothing(server: AdminServer, how: Any, fault: str) -> None:
+@pytest.mark.parametrize(
+    ("load_error", "warm_up_error", "expected"),
+    [
+        (ConfigError("lacks 3 tensors"), None, "new could not be loaded: lacks 3 tensors"),
+        (RuntimeError("oops"), None, "new could not be loaded (RuntimeError: oops)"),
+        (None, EngineError("the logits are not finite"), "new cannot compute: the logits are not finite"),
+        (None, RuntimeError("oops"), "new cannot compute (RuntimeError: oops)"),
+    ],
+)
+async def test_a_checkpoint_that_does_not_work_changes_nothing(
+    server: AdminServer, how: Any, load_error: Exception | None, warm_up_error: Exception | None, expected: str
+) -> None:
     server.loader.how = how
-    if fault == "computing":
-        server.loader.make_engine = lambda name: unstartable(name) if name == "new" else engine_saying("old again")
-        expected = "new cannot compute: the logits are not finite"
-    else:
-        error = ConfigError("lacks 3 tensors") if fault == "loading" else RuntimeError("oops")
-        server.loader.failures["new"] = error
-        server.loader.make_engine = lambda name: engine_saying("old again")
-        expected = f"new could not be loaded{': ' if fault == 'loading' else ' (RuntimeError: '}{error}"
+
+    def make_engine(checkpoint: str) -> FakeEngine:
+        if checkpoint == "new" and warm_up_error is not None:
+            return engine_raising(warm_up_error)
+        return engine_saying("old again")
+
+    server.loader.make_engine = make_engine
+    if load_error is not None:
+        server.loader.failures["new"] = load_error
     job = await server.order(SWAP, model="new")
     assert (job["status"], job["error"]["code"]) == ("failed", "swap_failed")
     assert expected in job["error"]["message"]
@@ -200,6 +211,10 @@ async def test_when_neither_can_be_loaded_the_server_says_that_it_is_dead(server
     assert status == 503
     assert "neither the new checkpoint nor the old one" in reply["error"]["message"]
     assert (await server.ask("GET", "/health"))[0] == 503
+    server.loader.failures = {}
+    assert (await server.order(SWAP, model="new"))["status"] == "done"  # an order can still help
+    assert await said(server) == "new"
+    assert (await server.ask("GET", "/health"))[0] == 200
 
 
 def old_folder_name(server: AdminServer) -> str:
