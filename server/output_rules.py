@@ -130,7 +130,8 @@ class OutputRules:
             return OutputPlan()
         await asyncio.get_running_loop().run_in_executor(self._threads, lambda: self._sets)
         must_answer = wanted is not None or (offer is not None and offer.choice.is_required)
-        think_ids = self._think_ids(is_needed=must_answer) if can_reason else None
+        needs_think_ids = "" if not must_answer else wanted.param if wanted is not None else "tool_choice"
+        think_ids = self._think_ids(needs_think_ids) if can_reason else None
         answer = None if wanted is None else await self._compile(wanted.param, wanted.make_source)
         rules = None if offer is None else await self._rules_for_calls(offer, wanted)
         if answer is not None and (rules is None or rules.answer is None):
@@ -200,15 +201,16 @@ class OutputRules:
                 param=param,
             )
 
-    def _think_ids(self, *, is_needed: bool) -> tuple[int, int] | None:
+    def _think_ids(self, param: str) -> tuple[int, int] | None:
+        """Return the tokens around reasoning; where there are none, refuse the field that needs them, if one does."""
         ids = self._control_ids
         if START in ids and END in ids:
             return ids[START], ids[END]
-        if is_needed:
+        if param:
             raise UnsupportedFieldError(
                 "this model's reasoning has no tokens of its own around it, so what follows it cannot be constrained; "
-                "leave the format and the forced tools out",
-                param="response_format",
+                f"leave {param} out",
+                param=param,
             )
         return None
 
