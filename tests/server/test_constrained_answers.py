@@ -119,13 +119,13 @@ async def test_the_format_begins_behind_reasoning(served: dict[str, ServedModel]
 async def test_reasoning_without_tokens_around_it_is_refused_before_a_format(tmp_path: Path) -> None:
     toy = replace(TOY_MODELS["qwen"], control_tokens={"<|im_start|>": True, "<|im_end|>": True})
     model = load_served_model(toy.write(tmp_path), name="toy", chat_template=None)
-    async with running(SamplingEngine(NUM_BYTES + 2, [NUM_BYTES + 1]), model) as url:
-        async with aiohttp.ClientSession(url) as session:
-            for param, fields in (("tool_choice", {"tool_choice": "required"}), ("regex", {"regex": "a"})):
-                body = {"messages": [USER], "tools": [tool("f", CLOSED_CITY)], **fields}
-                async with session.post("/v1/chat/completions", json=body) as reply:
-                    assert reply.status == 400
-                    assert (await reply.json())["error"]["param"] == param
+    engine = SamplingEngine(NUM_BYTES + 2, [NUM_BYTES + 1])
+    async with running(engine, model) as url, aiohttp.ClientSession(url) as session:
+        for param, fields in (("tool_choice", {"tool_choice": "required"}), ("regex", {"regex": "a"})):
+            body = {"messages": [USER], "tools": [tool("f", CLOSED_CITY)], **fields}
+            async with session.post("/v1/chat/completions", json=body) as reply:
+                assert reply.status == 400
+                assert (await reply.json())["error"]["param"] == param
 
 
 async def test_an_answer_of_a_format_or_a_call(served: dict[str, ServedModel]) -> None:
