@@ -7,6 +7,8 @@ import msgspec
 from .admin_protocol import QuantizeOrder, RollbackOrder, SwapOrder
 from .job import Kind, Status
 
+SCHEMA_REF = "#/components/schemas/{name}"
+
 _ERROR_TEXTS = {
     400: "A field is malformed, out of its limits, or names a path that may not be used; param says which",
     401: "No admin key, or a wrong one",
@@ -21,14 +23,11 @@ _ERROR_TEXTS = {
 }
 
 
-_JOB_REF, _ERROR_REF = (f"#/components/schemas/{name}" for name in ("Job", "ErrorReply"))
-
-
-def describe_admin(schema_ref: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the paths of /admin and the schemas that they refer to by `schema_ref`."""
+def describe_admin() -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the paths of /admin and the schemas that they refer to."""
     records = (QuantizeOrder, SwapOrder, RollbackOrder)
-    (quantize, swap, rollback), schemas = msgspec.json.schema_components(records, ref_template=schema_ref)
-    job = {"$ref": _JOB_REF}
+    (quantize, swap, rollback), schemas = msgspec.json.schema_components(records, ref_template=SCHEMA_REF)
+    job = _ref("Job")
     job_list = _object({"object": {"const": "list"}, "data": {"type": "array", "items": job}})
     models = _object({"model": {"type": "string"}, "current": {"type": "object"}, "finishing": {"type": "array"}})
     job_id = [{"name": "id", "in": "path", "required": True, "schema": {"type": "string"}}]
@@ -74,7 +73,7 @@ def _order(
     *,
     is_required: bool = True,
 ) -> dict[str, Any]:
-    accepted = {"description": "The job that carries it out", **_json({"$ref": _JOB_REF})}
+    accepted = {"description": "The job that carries it out", **_json(_ref("Job"))}
     return {
         "operationId": operation_id,
         "security": _SECURITY,
@@ -93,7 +92,7 @@ def _get(operation_id: str, description: str, schema: dict[str, Any], errors: tu
 
 
 def _errors(*statuses: int) -> dict[str, Any]:
-    content = _json({"$ref": _ERROR_REF})
+    content = _json(_ref("ErrorReply"))
     return {str(status): {"description": _ERROR_TEXTS[status], **content} for status in statuses}
 
 
@@ -122,6 +121,10 @@ def _job() -> dict[str, Any]:
             "error": {"type": ["object", "null"], "description": "code and message of what went wrong"},
         }
     )
+
+
+def _ref(name: str) -> dict[str, Any]:
+    return {"$ref": SCHEMA_REF.format(name=name)}
 
 
 def _json(schema: dict[str, Any]) -> dict[str, Any]:

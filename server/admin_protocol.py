@@ -57,24 +57,25 @@ class _QuantizeFields(SwapFields, frozen=True, kw_only=True, forbid_unknown_fiel
 
 
 def _option_fields() -> list[tuple[str, Any, Any]]:
-    """Return the options as fields of a record: optional, with their limits and help."""
-    hints = get_type_hints(QuantizeOptions)
-    found = []
-    for option in dataclasses.fields(QuantizeOptions):
-        if option.name in NOT_IN_ORDERS:
-            continue
-        low, high = option.metadata["at_least"], option.metadata["at_most"]
-        kind = next(part for part in get_args(hints[option.name]) or (hints[option.name],) if part is not type(None))
-        if get_args(hints[option.name]) and type(None) not in get_args(hints[option.name]):
-            kind = hints[option.name]  # a Literal
-        is_number = kind in (int, float)
-        limits = Meta(
-            ge=low if is_number else None,
-            le=high if is_number else None,
-            description=f"{option.metadata['help']}; default: {option.default}",
-        )
-        found.append((option.name, Annotated[kind, limits] | None, None))
-    return found
+    """Return the options as optional fields of a record, with their limits and help."""
+    kinds = get_type_hints(QuantizeOptions)
+    options = [option for option in dataclasses.fields(QuantizeOptions) if option.name not in NOT_IN_ORDERS]
+    return [(option.name, _annotated(kinds[option.name], option) | None, None) for option in options]
+
+
+def _annotated(kind: Any, option: "dataclasses.Field[Any]") -> Any:
+    """Return the type of an option's value, None left out, with what is known about it."""
+    if type(None) in get_args(kind):
+        (kind,) = (part for part in get_args(kind) if part is not type(None))
+    is_number = kind in (int, float)
+    return Annotated[
+        kind,
+        Meta(
+            ge=option.metadata["at_least"] if is_number else None,
+            le=option.metadata["at_most"] if is_number else None,
+            description=option.metadata["help"] + ("" if option.default is None else f"; default: {option.default}"),
+        ),
+    ]
 
 
 if TYPE_CHECKING:

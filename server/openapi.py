@@ -7,10 +7,8 @@ import msgspec
 
 from lmdserve import __version__
 
-from .admin_openapi import describe_admin
+from .admin_openapi import SCHEMA_REF, describe_admin
 from .protocol import ChatRequest, CompletionRequest
-
-SCHEMA_REF = "#/components/schemas/{name}"
 
 
 @cache
@@ -18,7 +16,7 @@ def describe_api() -> dict[str, Any]:
     """Return the OpenAPI 3.1 document."""
     bodies, schemas = msgspec.json.schema_components((ChatRequest, CompletionRequest), ref_template=SCHEMA_REF)
     chat_body, completion_body = bodies
-    admin_paths, admin_schemas = describe_admin(SCHEMA_REF)
+    admin_paths, admin_schemas = describe_admin()
     return {
         "openapi": "3.1.0",
         "info": {
