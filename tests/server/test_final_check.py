@@ -1,5 +1,6 @@
 """Answers whose grammar leaves a keyword out: what breaks its schema never leaves as a call, and ends in an error."""
 
+import asyncio
 import json
 import random
 import time
@@ -195,14 +196,18 @@ def exponential(depth: int) -> str:
 
 
 async def test_a_schema_that_takes_for_ever_is_given_up_and_hurts_no_other() -> None:
-    checker = SchemaChecker(time_limit_s=1.0)
+    checker = SchemaChecker(time_limit_s=2.0)
     try:
         assert await checker.problem('{"uniqueItems": true}', "[1, 1]") == "[1,1] has non-unique elements"
         begun = time.perf_counter()
-        problem = await checker.problem(exponential(60), "[1, 1]")
+        slow = asyncio.create_task(checker.problem(exponential(60), "[1, 1]"))
+        await asyncio.sleep(0.1)
+        assert await checker.problem('{"uniqueItems": true}', "[2, 2]") == "[2,2] has non-unique elements"
+        assert not slow.done(), "a slow check holds up no other"
+        problem = await slow
         assert problem is not None
         assert "simplify" in problem
-        assert time.perf_counter() - begun < 5.0
+        assert time.perf_counter() - begun < 30.0
         assert await checker.problem(exponential(60), "[1, 2]") is None
         assert await checker.problem('{"items": {"multipleOf": 2}}', "[2, 3]") == "[1]: 3 is not a multiple of 2"
     finally:
