@@ -1,4 +1,4 @@
-"""Trains a small Llama on prose, to measure on it what quantization costs: 42M parameters, two minutes on one H200.
+"""Trains a small Llama on prose, to measure on it what quantization costs: 42M parameters, a minute on one H200.
 
 The text is the user's own: `prepare` takes a folder of .txt files, trains a byte-level BPE on them, packs all but the
 last part of each file as tokens and keeps those parts as held-out text. `train` learns from that folder alone:
