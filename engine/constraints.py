@@ -58,7 +58,8 @@ class ConstraintState:
         return self.mask if self.is_ready and output_position == self.num_tokens else None
 
     def take(self, token_ids: Iterable[int]) -> None:
-        """Go on by the tokens of a step."""
+        """Go on by the tokens of a step, which was sampled with its mask; it may have been late before."""
+        self.is_late = False
         for token_id in token_ids:
             if self.failure is None and not self.is_over:
                 self._run(lambda token_id=token_id: self._accept(token_id))  # type: ignore[misc]
