@@ -16,7 +16,7 @@ class ServedModel:
 
     name: str
     checkpoint: str  # what the checkpoint itself is called
-    folder: Path
+    folder: Path  # absolute, without links
     created: int  # Unix time, s
     tokenizer: Tokenizer
     renderer: ChatRenderer
@@ -36,7 +36,7 @@ def load_served_model(
     return ServedModel(
         name=name,
         checkpoint=checkpoint or folder.name,
-        folder=folder,
+        folder=folder.resolve(),
         created=int(time.time()),
         tokenizer=tokenizer,
         renderer=ChatRenderer.load(folder, tokenizer, template_path=template_path),
