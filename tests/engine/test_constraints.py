@@ -317,3 +317,20 @@ def test_a_mask_is_computed_once_a_token() -> None:
     assert constraint.num_masks == 2
     assert state.mask_at(1) is not None
     assert state.mask_at(0) is None
+
+
+def test_what_was_late_is_prepared_again_once_it_is_taken() -> None:
+    """Between two steps it may be ready before anybody has noted it."""
+    state = ConstraintState(slow := Holding(8, 0))
+    threads = MaskThreads()
+    threads.prepare([state])
+    assert state.is_late
+    slow.released.set()
+    while not state.is_ready:
+        time.sleep(0.001)
+    state.take([7])
+    threads.prepare([state])
+    while not state.is_ready:
+        threads.wait_for_late()
+    threads.close()
+    assert state.mask_at(1) is not None
