@@ -79,7 +79,7 @@ class Servings:
     @asynccontextmanager
     async def lease(self) -> AsyncIterator[Serving]:
         """Give the current Serving and keep it alive within; wait for one where there is none right now."""
-        if not self._is_open.is_set():
+        while not self._is_open.is_set():  # who wakes up late may find it closed again
             await self._wait()
         if self._failure is not None:
             raise self._failure

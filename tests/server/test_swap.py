@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from server_fakes import FakeEngine, answer, chat_body
 
 from lmdserve.engine.api import ConfigError, EngineError
 from lmdserve.server.model import ServedModel
+from lmdserve.server.serving import Serving, Servings, make_serving
 
 CHAT, SWAP, ROLLBACK = "/v1/chat/completions", "/admin/models/swap", "/admin/models/rollback"
 
@@ -161,6 +163,25 @@ async def test_draining_that_takes_too_long_is_given_up(model: ServedModel, tmp_
         assert "1 requests were still running after 0.05 s" in state["error"]["message"]
         assert await running == "old answer"
         assert server.loader.engines == {}
+
+
+async def test_who_wakes_up_late_does_not_get_weights_that_are_about_to_go(model: ServedModel) -> None:
+    """Its bug: one swap let a request in, and the next began before the request had taken its lease."""
+    servings = Servings(make_serving(FakeEngine(), model, ThreadPoolExecutor(1)))
+    servings.hold_back()
+
+    async def lease() -> Serving:
+        async with servings.lease() as serving:
+            return serving
+
+    waiting = asyncio.create_task(lease())
+    await asyncio.sleep(0.01)
+    servings.resume()
+    servings.hold_back()
+    await asyncio.sleep(0.01)
+    assert not waiting.done()
+    servings.resume()
+    assert await waiting is servings.current
 
 
 def engine_raising(error: Exception) -> FakeEngine:
