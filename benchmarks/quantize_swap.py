@@ -133,7 +133,10 @@ class Benchmark:
 
     async def _cancel_later(self, job: Any) -> Any:
         await asyncio.sleep(self._arguments.cancel_after)
-        print("cancelled at", (await self._get(f"/admin/jobs/{job['id']}")))
+        state = await self._get(f"/admin/jobs/{job['id']}")
+        if state["status"] != "running":
+            raise SystemExit(f"the job was {state['status']} before it could be cancelled: {state['error']}")
+        print(f"cancelled in phase {state['phase']}, layer {state['layer']}, at {state['percent']} %\n")
         async with self._session.delete(f"{self._server.url}/admin/jobs/{job['id']}") as reply:
             return await reply.json()
 
