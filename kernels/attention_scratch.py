@@ -1,4 +1,4 @@
-"""Dequantizes the contexts of a prefill step into a 16-bit scratch that has the cache's own layout.
+"""Dequantizes the contexts of a prefill step into a 16-bit scratch, where a head's contexts lie one after another.
 
 A long chunk reads its context once for every tile of its queries, so codes are turned into numbers once, beforehand,
 and attention runs as on an unquantized cache whose blocks lie in sequence order. Short chunks, and contexts larger than
@@ -80,7 +80,7 @@ def _dequantize_kernel(  # type: ignore[no-untyped-def]
     places = (block * KV_HEADS + kv_head) * BLOCK_SIZE + tokens
     is_inside = number * BLOCK_SIZE + tokens < context_len
     values = dequantized_tile(data, scales, places, is_inside, HEAD_DIM, BITS, scratch.dtype.element_ty)
-    rows = ((target + side * num_scratch_blocks) * KV_HEADS + kv_head) * BLOCK_SIZE + tokens
+    rows = ((side * KV_HEADS + kv_head) * num_scratch_blocks + target) * BLOCK_SIZE + tokens
     tl.store(scratch + rows[:, None] * HEAD_DIM + tl.arange(0, HEAD_DIM)[None, :], values)
     release_next_kernel(PDL)
 
@@ -105,13 +105,13 @@ def dequantize_contexts(
     head_dim: int,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """Return the contexts of all sequences, one after another, as [2, num_blocks, num_kv_heads, block_size, head_dim].
+    """Return the contexts of all sequences, one after another, as [2, num_kv_heads, num_blocks, block_size, head_dim].
 
     Arguments as in `prefill_attention`; num_blocks, from `scratch_blocks`, is at least what the contexts have. Places
     past a context's end are zeros. The result lies in the workspace.
     """
     _, num_cache_blocks, num_kv_heads, block_size, _ = kv_data.shape
-    shape = (2, num_blocks, num_kv_heads, block_size, head_dim)
+    shape = (2, num_kv_heads, num_blocks, block_size, head_dim)
     scratch = workspace.scratch.view(dtype)[: 2 * num_blocks * num_kv_heads * block_size * head_dim].view(shape)
     launch(
         _dequantize_kernel,

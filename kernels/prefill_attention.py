@@ -194,9 +194,11 @@ def _prefill_kernel(  # type: ignore[no-untyped-def]
         return
     context_len = tl.load(context_lens + sequence)
     table = block_tables + tl.load(table_rows + sequence).to(tl.int64) * table_stride
+    CACHE_HEADS: tl.constexpr = 1 if DENSE else KV_HEADS
+    cache_head = 0 if DENSE else kv_head
     dense = 0
-    if DENSE:
-        dense = dense_start(context_lens, num_sequences, sequence, SEQUENCES, BLOCK_SIZE)
+    if DENSE:  # like a cache of one head: each head's contexts begin num_blocks after those of the one before
+        dense = kv_head * num_blocks + dense_start(context_lens, num_sequences, sequence, SEQUENCES, BLOCK_SIZE)
     value_places = num_blocks.to(tl.int64) * (KV_HEADS * BLOCK_SIZE)
 
     rows = tl.arange(0, ROWS)
@@ -221,15 +223,15 @@ def _prefill_kernel(  # type: ignore[no-untyped-def]
         for start in tl.range(0, masked_start, TILE):
             following = _block_of(table, dense, start + TILE, context_len, BLOCK_SIZE, TILE, DENSE)
             largest, denominator, total = _attend(
-                queries, largest, denominator, total, data, scales, block, kv_head, value_places, start, position,
-                context_len, scale_log2, KV_HEADS, HEAD_DIM, BLOCK_SIZE, BITS, WINDOW, TILE, False, COMPILED,
+                queries, largest, denominator, total, data, scales, block, cache_head, value_places, start, position,
+                context_len, scale_log2, CACHE_HEADS, HEAD_DIM, BLOCK_SIZE, BITS, WINDOW, TILE, False, COMPILED,
             )  # fmt: skip
             block = following
     for start in tl.range(masked_start, end, TILE):
         following = _block_of(table, dense, start + TILE, context_len, BLOCK_SIZE, TILE, DENSE)
         largest, denominator, total = _attend(
-            queries, largest, denominator, total, data, scales, block, kv_head, value_places, start, position,
-            context_len, scale_log2, KV_HEADS, HEAD_DIM, BLOCK_SIZE, BITS, WINDOW, TILE, True, COMPILED,
+            queries, largest, denominator, total, data, scales, block, cache_head, value_places, start, position,
+            context_len, scale_log2, CACHE_HEADS, HEAD_DIM, BLOCK_SIZE, BITS, WINDOW, TILE, True, COMPILED,
         )  # fmt: skip
         block = following
     release_next_kernel(PDL)
