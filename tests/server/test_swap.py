@@ -96,7 +96,7 @@ async def test_rollbacks_go_back_one_by_one(server: AdminServer) -> None:
 
 async def test_running_requests_finish_on_the_old_weights(model: ServedModel, tmp_path: Path) -> None:
     """Streams begun before the switch keep engine, tokenizer and template; those after it get the new ones at once."""
-    old = engine_saying("all of the old answer", pause_s=0.02)
+    old = engine_saying("all of the old answer", pause_s=0.1)
     async with admin_server(old, model, tmp_path) as server:
         server.model("new", kind="qwen without tools")
         server.loader.make_engine = engine_saying
@@ -256,7 +256,7 @@ async def test_one_swap_at_a_time(server: AdminServer) -> None:
 
 
 async def test_a_swap_is_cancelled_before_the_switch_and_not_after(model: ServedModel, tmp_path: Path) -> None:
-    old = engine_saying("a long old answer", pause_s=0.02)
+    old = engine_saying("a long old answer", pause_s=0.12)
     async with admin_server(old, model, tmp_path) as server:
         server.model("new")
         server.loader.make_engine = engine_saying
