@@ -7,6 +7,7 @@ order of these steps and the history; memory is the loader's business, leases ar
 """
 
 import asyncio
+import gc
 import logging
 import uuid
 from collections.abc import Callable
@@ -229,6 +230,7 @@ def target_of(serving: Serving) -> Target:
 async def _stop_and_release(serving: Serving) -> None:
     await serving.engine.stop(0.0)
     serving.close()
+    gc.unfreeze()  # what the first engine is made of may be collected from now on
     await asyncio.to_thread(serving.engine.release)
 
 
