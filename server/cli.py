@@ -87,7 +87,7 @@ def serve(arguments: Sequence[str]) -> int:
 
 
 def _spare_the_collector() -> None:
-    """Leave what the start has made out of garbage collections: a full one takes 120 ms, and large requests cause it."""
+    """Leave what the start has made out of garbage collections: a full one takes 120 ms; large requests cause it."""
     gc.collect()
     gc.freeze()
 
