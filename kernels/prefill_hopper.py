@@ -269,8 +269,9 @@ def _hopper_prefill_kernel(  # type: ignore[no-untyped-def]
     num_tokens = gl.where(is_tile, query_len - first_token, 0)
     first_position = context_len - query_len + first_token
     end = gl.minimum(first_position + TOKENS, context_len)
+    # Programs past the last tile take no step: what they found of a sequence means nothing.
     num_steps = gl.where(is_tile, (end + STEP - 1) // STEP, 0)
-    num_full = gl.minimum((first_position + 1) // STEP, num_steps)
+    num_full = gl.where(is_tile, gl.minimum((first_position + 1) // STEP, num_steps), 0)
     first_key = (kv_head * num_blocks + first_block) * BLOCK_SIZE
     first_value = first_key + num_blocks * (KV_HEADS * BLOCK_SIZE)
     rings = (key_ring, value_ring, keys_full, keys_empty, values_full, values_empty)

@@ -174,6 +174,26 @@ def test_prefill_of_unequal_chunks(bits: int, heads: tuple[int, int], head_dim: 
         torch.testing.assert_close(out.double(), torch.cat(expected), rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize(
+    ("query_lens", "context_lens"),
+    [((1000,), (1500,)), ((4096,), (4096,)), ((33,) * 17, (65,) * 17), ((512,) * 16, (512,) * 16)],
+)
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("heads", [(32, 8), (32, 32)], ids=str)
+def test_prefill_of_one_chunk_and_of_many(
+    query_lens: tuple[int, ...], context_lens: tuple[int, ...], bits: int, heads: tuple[int, int]
+) -> None:
+    """A launch has as many programs past the last tile as it has sequences; sixteen once read and waited at random."""
+    dtype = torch.float16
+    case = random_case(context_lens, num_kv_heads=heads[1], head_dim=128, bits=bits, dtype=dtype, device=DEVICE)
+    queries = random_queries(case, query_lens, heads[0], 128, dtype)
+    out = prefill(
+        case, queries, range(len(queries)), context_lens, scratch_bytes=1 << 28, deterministic=False
+    )  # fmt: skip
+    expected = [attended(query, *case.stored(row), 128**-0.5, None) for row, query in enumerate(queries)]
+    torch.testing.assert_close(out.double(), torch.cat(expected), rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+
+
 @pytest.mark.parametrize("bits", [4, 8, 16])
 @pytest.mark.parametrize("window", [None, 300])
 @pytest.mark.parametrize("heads", [(32, 8), (32, 32), (16, 8)], ids=str)
