@@ -4,6 +4,7 @@
 before their handler returns.
 """
 
+import asyncio
 import difflib
 import logging
 import re
@@ -38,6 +39,10 @@ async def observe(request: web.Request, handler: Handler) -> web.StreamResponse:
         response = await handler(request)
         outcome, status = _outcome(request), response.status
         return response
+    except ConnectionError:
+        # A write met a connection that the client had closed, before aiohttp cancelled the handler for it. Anything but
+        # that cancellation aiohttp would log as a failure of ours.
+        raise asyncio.CancelledError from None
     finally:
         took_s = time.perf_counter() - arrived_s
         metrics.num_active -= 1

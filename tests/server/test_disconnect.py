@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 import aiohttp
 import pytest
 import uvloop
+from aiohttp import web
 from raw_http import RawClient
 from server_fakes import FakeEngine, answer, chat_body, running
 
@@ -97,6 +98,25 @@ async def test_a_disconnect_is_counted_and_logs_no_traceback(
         await client.read_head()
         client.hang_up()
         await engine.until_idle()
+    async with aiohttp.ClientSession() as session, session.get(f"{url}/metrics") as reply:
+        page = await reply.text()
+    assert 'lmdserve_requests_total{outcome="disconnected",route="/v1/chat/completions"} 1.0' in page
+    assert not [record for record in caplog.records if record.exc_info or record.levelname in ("ERROR", "WARNING")]
+
+
+async def test_a_write_after_the_client_left_is_a_disconnect(
+    url: str, engine: FakeEngine, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The transport may be closing before aiohttp has cancelled the handler: that was logged as an error of ours."""
+
+    async def write_eof(response: web.StreamResponse, data: bytes = b"") -> None:
+        raise aiohttp.ClientConnectionResetError("Cannot write to closing transport")
+
+    async with RawClient(url) as client:
+        with monkeypatch.context() as patch:
+            patch.setattr(web.StreamResponse, "write_eof", write_eof)
+            await client.post(CHAT, chat_body(stream=True))
+            assert not (await client.reader.read()).endswith(b"0\r\n\r\n")
     async with aiohttp.ClientSession() as session, session.get(f"{url}/metrics") as reply:
         page = await reply.text()
     assert 'lmdserve_requests_total{outcome="disconnected",route="/v1/chat/completions"} 1.0' in page
