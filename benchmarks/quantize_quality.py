@@ -121,7 +121,7 @@ def measure(folder: Path, options: QuantizeOptions, text: TextSide, ways: list[W
         encode=text.encode,
         encode_chat=text.encode_chat,
     )
-    windows = evaluation_windows(tokens, seqlen=window_tokens(source.config), max_tokens=options.eval_tokens)
+    windows = evaluation_windows(tokens, seqlen=window_tokens(source.config), max_tokens=options.eval_tokens or 16384)
     print(f"{datetime.date.today()}, lmdserve {lmdserve.__version__}, torch {torch.__version__}, {name}; {folder}")
     print(f"calibrated on {options.calib_samples} x {options.calib_seqlen} tokens, measured on {windows.numel()}\n")
     print("| weights | KL, nats a token | perplexity | same top token |\n|---|---|---|---|")

@@ -40,7 +40,9 @@ class QuantizeOptions:
     resume: bool = option(False, "go on with a run that was interrupted in the same folder, if there is one")
     overwrite: bool = option(False, "replace a checkpoint that lies in the folder")
     eval_dataset: str | None = option(None, "text to measure the result on; default: the calibration text's other part")
-    eval_tokens: int = option(16384, "most tokens to measure on", at_least=2)
+    eval_tokens: int | None = option(
+        None, "most tokens to measure on; default: 16384 on a GPU, 8192 on a CPU", at_least=2
+    )
     skip_evaluation: bool = option(False, "write the report without measuring the result")
 
     def __post_init__(self) -> None:
