@@ -50,8 +50,7 @@ def quantize(arguments: Sequence[str]) -> int:
     add_options(parser, QuantizeOptions, title="quantization")
     namespace = parser.parse_known(_without_values(arguments))
     logging.basicConfig(level="WARNING", format="%(levelname)s: %(message)s")
-    with _ended_by_sigterm():
-        return _shown_as_json(namespace) if namespace.progress == "json" else _shown_to_people(namespace)
+    return _shown_as_json(namespace) if namespace.progress == "json" else _shown_to_people(namespace)
 
 
 def lite(arguments: Sequence[str]) -> int:
@@ -94,6 +93,28 @@ def _shown_to_people(namespace: argparse.Namespace) -> int:
     return 0
 
 
+@contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """Let SIGTERM end the run as Ctrl-C does, between two operations, with a status of its own."""
+    has_come = False
+
+    def end(signal_number: int, frame: FrameType | None) -> NoReturn:
+        nonlocal has_come
+        has_come = True
+        raise SystemExit(_STATUS_OF_SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    except Exception:
+        if has_come:  # while native code ran, which made an error of its own of it: safetensors reading a tensor does
+            raise SystemExit(_STATUS_OF_SIGTERM) from None
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@_ended_by_sigterm()
 def _run(namespace: argparse.Namespace, show: Show) -> Path:
     options = read_options(QuantizeOptions, namespace)
     prepare_torch()
@@ -179,17 +200,3 @@ def _without_values(arguments: Sequence[str]) -> list[str]:
         elif not value:
             kept[-1] = f"--no-{kept[-1][2:]}"
     return kept
-
-
-@contextmanager
-def _ended_by_sigterm() -> Iterator[None]:
-    """Let SIGTERM end the run as Ctrl-C does, between two operations, with a status of its own."""
-
-    def end(signal_number: int, frame: FrameType | None) -> NoReturn:
-        raise SystemExit(_STATUS_OF_SIGTERM)
-
-    before = signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
