@@ -296,10 +296,7 @@ def prefill_attention(
             bits=bits, head_dim=head_dim, dtype=query.dtype,
         )  # fmt: skip
         bits, num_blocks = 16, num_scratch_blocks
-        # Of one sequence, as a long prompt in its chunks is: there it was measured, 9.7 ms where the other kernel takes
-        # 12.6 for 4096 tokens of InternLM2.5-7B on an H200.
-        is_alone = num_sequences == 1 and not deterministic
-        if is_alone and can_attend_dense(query.device, block_size, sliding_window):
+        if not deterministic and can_attend_dense(query.device, block_size, sliding_window):
             attend_dense(
                 query, data, query_starts, context_lens, out, num_tiles=num_tiles, group_rows=group_rows,
                 num_sequence_places=num_sequence_places, scale_log2=scale_log2,

@@ -56,5 +56,5 @@ def _choose_place(num_bytes: int, device: torch.device) -> torch.device:
     if device.type != "cuda":
         return device
     free, total = torch.cuda.mem_get_info(device)
-    allowed = torch.cuda.get_per_process_memory_fraction(device) * total
+    allowed = torch.cuda.get_per_process_memory_fraction(device.index) * total
     return device if num_bytes <= _LARGEST_DEVICE_SHARE * min(free, allowed) else torch.device("cpu")
