@@ -138,7 +138,10 @@ class Benchmark:
             raise SystemExit(f"the job was {state['status']} before it could be cancelled: {state['error']}")
         print(f"cancelled in phase {state['phase']}, layer {state['layer']}, at {state['percent']} %\n")
         async with self._session.delete(f"{self._server.url}/admin/jobs/{job['id']}") as reply:
-            return await reply.json()
+            answer = await reply.json()
+            if reply.status != 200:
+                raise SystemExit(f"the job could not be cancelled: {reply.status} {answer}")
+            return answer
 
     async def _in_phase(self, phase: str, work: Any) -> Any:
         self._phase, start_s = phase, time.perf_counter()
