@@ -1,0 +1,124 @@
+"""A swap on a CUDA device, of a whole server in this process: streams go on, and memory comes back.
+
+Kernels compute each row apart (`deterministic`), so an answer has to be, character for character, what its weights
+answer alone, whatever was swapped or computed beside it.
+"""
+
+import asyncio
+import gc
+import json
+import shutil
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Literal
+
+import aiohttp
+import pytest
+import torch
+from admin_fakes import AdminServer
+from engine_runs import DEMO, benchmark_script
+
+from lmdserve.engine.config import EngineConfig
+from lmdserve.server.app import build, listening
+from lmdserve.server.config import ServerConfig
+from lmdserve.server.loading import EngineLoader
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+NUM_CLIENTS = 8
+NUM_TOKENS = 64
+MIB = 2**20
+
+
+@pytest.fixture(scope="module")
+def models_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo model in 16 bits and in 4."""
+    folder = tmp_path_factory.mktemp("models")
+    shutil.copytree(DEMO, folder / "fp16")
+    benchmark_script("demo_quality").write_awq(DEMO, folder / "awq")
+    return folder
+
+
+@asynccontextmanager
+async def server_of(models_dir: Path, model: str) -> AsyncIterator[AdminServer]:
+    engine_config = EngineConfig(
+        model=str(models_dir / model), dtype="float16", quant_policy=8, cache_max_entry_count=512, session_len=1024,
+        max_batch_size=64, deterministic=True,
+    )  # fmt: skip
+    config = ServerConfig(server_port=0, admin=True, models_dir=str(models_dir))
+    loader = EngineLoader(engine_config, config)
+    app = build(*loader.load_first(), config, loader=loader)
+    async with listening(app, config) as url, aiohttp.ClientSession() as session:
+        yield AdminServer(url, session, app, loader)
+
+
+async def answer(server: AdminServer, index: int) -> str:
+    """Return a greedy answer that was streamed to its whole length."""
+    body = {"messages": [{"role": "user", "content": f"Tell me about the number {index}"}], "max_tokens": NUM_TOKENS,
+            "temperature": 0, "ignore_eos": True, "stream": True}  # fmt: skip
+    async with server.session.post(f"{server.url}/v1/chat/completions", json=body) as reply:
+        assert reply.status == 200, await reply.text()
+        lines = [line[6:].strip() async for line in reply.content if line.startswith(b"data: ")]
+    assert lines[-1] == b"[DONE]"
+    choices = [json.loads(line)["choices"][0] for line in lines[:-1]]
+    assert choices[-1]["finish_reason"] == "length"
+    return "".join(choice["delta"].get("content") or "" for choice in choices)
+
+
+async def answers(server: AdminServer) -> list[str]:
+    return [await answer(server, index) for index in range(NUM_CLIENTS)]
+
+
+async def answers_of(models_dir: Path, model: str) -> list[str]:
+    """Return what these weights answer in a server that knows no others, one question at a time."""
+    async with server_of(models_dir, model) as server:
+        return await answers(server)
+
+
+@pytest.fixture(scope="module")
+def expected(models_dir: Path) -> dict[str, list[str]]:
+    """The answers of each checkpoint."""
+    return {model: asyncio.run(answers_of(models_dir, model)) for model in ("fp16", "awq")}
+
+
+@pytest.mark.parametrize("how", ["beside", "drain"])
+def test_streams_go_on_through_a_swap_and_back(
+    models_dir: Path, expected: dict[str, list[str]], how: Literal["beside", "drain"]
+) -> None:
+    asyncio.run(swap_and_roll_back(models_dir, how, by_fp16=expected["fp16"], by_awq=expected["awq"]))
+
+
+async def swap_and_roll_back(
+    models_dir: Path, how: Literal["beside", "drain"], *, by_fp16: list[str], by_awq: list[str]
+) -> None:
+    streamed: list[tuple[int, str]] = []
+    is_over = asyncio.Event()
+
+    async def stream_on(server: AdminServer, index: int) -> None:
+        while not is_over.is_set():
+            streamed.append((index, await answer(server, index)))
+
+    gc.collect()  # engines of servers that have ended
+    before_bytes = torch.cuda.memory_allocated()
+    async with server_of(models_dir, "fp16") as server, asyncio.TaskGroup() as streams:
+        fp16_bytes = torch.cuda.memory_allocated() - before_bytes
+        for index in range(NUM_CLIENTS):
+            streams.create_task(stream_on(server, index))
+        await asyncio.sleep(0.5)
+        job = await server.order("/admin/models/swap", model="awq", how=how)
+        assert (job["status"], job["plan"]["how"]) == ("done", how), job["error"]
+        assert await answers(server) == by_awq
+        assert torch.cuda.memory_allocated() - before_bytes < fp16_bytes
+        _, models = await server.ask("GET", "/admin/models")
+        assert sum(models["current"]["planned_bytes"].values()) == job["plan"]["after_bytes"]
+        job = await server.order("/admin/models/rollback", how=how)
+        assert job["status"] == "done", job["error"]
+        assert await answers(server) == by_fp16
+        assert torch.cuda.memory_allocated() - before_bytes == pytest.approx(fp16_bytes, abs=MIB)
+        is_over.set()
+    assert [text for index, text in streamed if text not in (by_fp16[index], by_awq[index])] == []
+    assert any(text == by_awq[index] != by_fp16[index] for index, text in streamed)
