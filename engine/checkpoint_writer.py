@@ -1,43 +1,55 @@
-"""A checkpoint folder that appears whole or not at all: shards, their index, the files beside the weights, config.json.
+"""The files of a checkpoint folder: shards, their index, what lies beside the weights, and config.json.
 
-config.json comes last, so that a folder whose writer was killed does not load; one whose writer failed is removed. Owns
-no format: tensors and config.json come as they are to be.
+config.json comes last, so that a folder whose writer was killed does not load; a writer that failed removes what it
+wrote. Owns no format: tensors and config.json come as they are to be.
 """
 
-import json
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import torch
-from safetensors.torch import save_file
 
 from .api import ConfigError
+from .atomic_write import part_of, write_json, write_tensors
 
 _MAX_SHARD_BYTES = 2 * 10**9  # also the host memory that writing takes
 _SPARE_BYTES = 32 * 2**20  # tokenizer and other small files
 _WEIGHT_SUFFIXES = frozenset({".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx"})
 # Of the source's weights: what is written anew, and what was measured of them as they were.
 _NOT_COPIED = frozenset({"config.json", "quantize_config.json", "quant_config.json", "report.json", "report.html"})
+_WITHOUT_NAME = "shard-{:05}"  # of a shard while it is not known how many there will be
+_REMOVED = ("config.json", "config.json.part", "report.*", "shard-*", "model*.safetensors", "model.*.index.json*")
+
+
+def check_space(output: Path, num_bytes: int) -> None:
+    """Raise ConfigError when a folder's disk has no room for so many bytes of weights; the folder need not exist."""
+    free, needed = _free_bytes(output), num_bytes + _SPARE_BYTES
+    if free < needed:
+        raise ConfigError(
+            f"{output} takes up to {needed / 1e9:.2f} GB and its disk has {free / 1e9:.2f} GB free; free some space, "
+            "or give a folder on another disk"
+        )
+
+
+def remove_checkpoint(folder: Path) -> None:
+    """Remove a checkpoint, or what a killed writer left of one, config.json first; other files stay."""
+    for pattern in _REMOVED:
+        for path in folder.glob(pattern):
+            path.unlink()
 
 
 class CheckpointWriter:
-    """Writes into a folder of its own while it is entered; leaving it by an exception removes what it wrote."""
+    """Writes a checkpoint into a folder that has none; leaving the context by an exception removes what it wrote."""
 
-    def __init__(self, output: Path, needed_bytes: int) -> None:
-        """Raise ConfigError when the folder holds something or the disk has no room for so many bytes of weights."""
-        if output.exists() and (not output.is_dir() or any(output.iterdir())):
-            raise ConfigError(f"{output} exists and is no empty folder; give a folder that does not exist yet")
-        free, needed = _free_bytes(output), needed_bytes + _SPARE_BYTES
-        if free < needed:
-            raise ConfigError(
-                f"{output} needs {needed / 1e9:.2f} GB and its disk has {free / 1e9:.2f} GB free; free some space, or "
-                "give a folder on another disk"
-            )
+    def __init__(self, output: Path) -> None:
+        """The folder is made when the context is entered, with those above it that are missing."""
         self._folder = output
         self._made = [folder for folder in (output, *output.parents) if not folder.exists()]
+        self._written: list[Path] = []
         self._shards: list[list[str]] = []  # the names of the tensors in each
         self._pending: dict[str, torch.Tensor] = {}
         self._memory: set[int] = set()  # addresses of what is pending
@@ -53,10 +65,12 @@ class CheckpointWriter:
     ) -> None:
         if kind is None:
             return
-        for path in self._folder.iterdir():
-            path.unlink()
-        for folder in self._made:
-            folder.rmdir()
+        for path in self._written:
+            path.unlink(missing_ok=True)
+            part_of(path).unlink(missing_ok=True)
+        with suppress(OSError):  # somebody else put something there
+            for folder in self._made:
+                folder.rmdir()
 
     def add(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Write these tensors, now or with the next ones."""
@@ -71,15 +85,13 @@ class CheckpointWriter:
         """Give the shards their names, copy the small files of `source`, and write config.json."""
         self._write_shard()
         if len(self._shards) == 1:
-            self._part(0).rename(self._folder / "model.safetensors")
+            self._rename_shard(0, "model.safetensors")
         else:
             self._name_shards()
         for path in sorted(source.iterdir()):
             if path.is_file() and _is_copied(path):
-                shutil.copyfile(path, self._folder / path.name)
-        part = self._folder / "config.json.part"
-        _write_json(part, config_json)
-        part.rename(self._folder / "config.json")
+                shutil.copyfile(path, self._new(path.name))
+        write_json(self._new("config.json"), config_json)
 
     def _own(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return the tensor in memory that no other has, as safetensors wants it: pytorch files keep ties."""
@@ -88,11 +100,8 @@ class CheckpointWriter:
         return own
 
     def _write_shard(self) -> None:
-        part = self._part(len(self._shards))
-        part.touch()
-        mode = part.stat().st_mode  # safetensors makes files that only their owner reads
-        save_file(self._pending, part, metadata={"format": "pt"})
-        part.chmod(mode)
+        path = self._new(_WITHOUT_NAME.format(len(self._shards)))
+        write_tensors(path, self._pending, {"format": "pt"})
         self._shards.append(list(self._pending))
         self._pending, self._memory, self._pending_bytes = {}, set(), 0
 
@@ -100,13 +109,18 @@ class CheckpointWriter:
         weight_map: dict[str, str] = {}
         for index, names in enumerate(self._shards):
             name = f"model-{index + 1:05}-of-{len(self._shards):05}.safetensors"
-            self._part(index).rename(self._folder / name)
+            self._rename_shard(index, name)
             weight_map.update(dict.fromkeys(names, name))
         index_json = {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}
-        _write_json(self._folder / "model.safetensors.index.json", index_json)
+        write_json(self._new("model.safetensors.index.json"), index_json)
 
-    def _part(self, index: int) -> Path:
-        return self._folder / f"model-{index + 1:05}.safetensors.part"
+    def _rename_shard(self, index: int, name: str) -> None:
+        (self._folder / _WITHOUT_NAME.format(index)).rename(self._new(name))
+
+    def _new(self, name: str) -> Path:
+        path = self._folder / name
+        self._written.append(path)
+        return path
 
 
 def _free_bytes(folder: Path) -> int:
@@ -119,7 +133,3 @@ def _is_copied(path: Path) -> bool:
     is_index = path.name.endswith(".index.json")
     is_hidden = path.name.startswith(".")
     return not (is_index or is_hidden or path.suffix in _WEIGHT_SUFFIXES or path.name in _NOT_COPIED)
-
-
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -15,7 +15,7 @@ import torch
 
 from .api import ConfigError
 from .checkpoint import Checkpoint
-from .checkpoint_writer import CheckpointWriter
+from .checkpoint_writer import CheckpointWriter, check_space
 from .convert_options import ConvertOptions, WeightFormat
 from .formats import DescriptionSpec, FourBitWeight, Specs, awq, compressed_tensors, find_format, gptq
 from .model_config import ModelConfig
@@ -46,7 +46,10 @@ def convert_checkpoint(source: Path, output: Path, options: ConvertOptions) -> C
     config = ModelConfig.from_folder(source)
     stored = _StoredModel(config, Checkpoint(source))
     target = _plain_target(config, options) if options.to == "hf" else _four_bit_target(options.to, stored)
-    with CheckpointWriter(output, stored.num_bytes(target)) as writer:
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ConfigError(f"{output} exists and is no empty folder; give a folder that does not exist yet")
+    check_space(output, stored.num_bytes(target))
+    with CheckpointWriter(output) as writer:
         for tensors in stored.converted(target):
             writer.add(tensors)
         writer.finish(source, _config_json(source, target))
@@ -245,19 +248,11 @@ def _awq_target(stored: _StoredModel, group_size: int, plain: Sequence[str]) -> 
             "of inputs, and AWQ has runs of neighbours only. gptq and compressed-tensors keep the order; or convert it "
             "with --to hf, and quantize that with lmdserve quantize"
         )
-    section = {
-        "quant_method": "awq",
-        "version": "gemm",
-        "bits": 4,
-        "group_size": group_size,
-        "zero_point": True,  # symmetric weights too: their zero points are written, and all are 8
-        "modules_to_not_convert": list(plain) or None,
-    }
 
     def pack(weight: FourBitWeight, group_index: torch.Tensor | None) -> dict[str, torch.Tensor]:
         return awq.pack_linear(weight.codes, weight.zeros, weight.scales)
 
-    return _Target(pack=pack, scheme=_scheme("awq", "gemm", group_size), section=section)
+    return _Target(pack=pack, scheme=_scheme("awq", "gemm", group_size), section=awq.describe_gemm(group_size, plain))
 
 
 def _gptq_target(stored: _StoredModel, group_size: int, plain: Sequence[str]) -> _Target:

@@ -5,7 +5,8 @@
 qweight int32 [out, in / 8], qzeros int32 [out, W] and scales [out, 8 W], W words that hold the groups and padding.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -23,6 +24,18 @@ _SYMMETRIC_ZERO = 8
 def matches(scheme: QuantizationScheme | None) -> bool:
     """Say whether a linear of this scheme is stored in this format."""
     return scheme is not None and scheme.method == "awq"
+
+
+def describe_gemm(group_size: int, unquantized_modules: Sequence[str]) -> dict[str, Any]:
+    """Return quantization_config for what `pack_linear` packs."""
+    return {
+        "quant_method": "awq",
+        "version": "gemm",
+        "bits": 4,
+        "group_size": group_size,
+        "zero_point": True,  # symmetric weights too: their zero points are written, and all are 8
+        "modules_to_not_convert": list(unquantized_modules) or None,
+    }
 
 
 def tensor_specs(in_features: int, out_features: int, scheme: QuantizationScheme, dtype: torch.dtype) -> Specs:

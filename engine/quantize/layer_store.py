@@ -1,11 +1,10 @@
 """What a run has done so far, on disk: one file a finished layer, and what it must match to be gone on with.
 
-Owns the folder `.quantize` in the output folder. A file is complete or not there: it is written under another name,
-flushed to the disk and renamed, so a process may be killed at any moment.
+Owns the folder `.quantize` in the output folder. A file is complete or not there, so a process may be killed at any
+moment.
 """
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from contextlib import suppress
@@ -13,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
 
 from ..api import ConfigError
+from ..atomic_write import write_json, write_tensors
 
 _FOLDER = ".quantize"
 _STATE = "state.json"
@@ -36,7 +35,7 @@ class LayerStore:
         """Start a run; whatever an earlier one left is removed."""
         self.remove()
         self._folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(self._folder / _STATE, json.dumps(dict(identity), indent=2).encode())
+        write_json(self._folder / _STATE, identity)
 
     def difference(self, identity: Mapping[str, Any]) -> str | None:
         """Return what the run here was begun with that is something else in `identity`; None when nothing is."""
@@ -56,16 +55,12 @@ class LayerStore:
 
     def save(self, layer: int, tensors: Mapping[str, torch.Tensor], notes: Any) -> None:
         """Store a finished layer's tensors by their names on disk, and `notes`, which JSON can hold."""
-        save_atomically(self._path(layer), tensors, {"notes": json.dumps(notes)})
+        write_tensors(self._path(layer), tensors, {"notes": json.dumps(notes)})
 
     def tensors(self, layer: int) -> dict[str, torch.Tensor]:
         """Return a finished layer's tensors."""
         with safe_open(self._path(layer), framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, no dictionary
-
-    def num_bytes(self, layer: int) -> int:
-        """Return what a finished layer takes."""
-        return self._path(layer).stat().st_size
 
     def notes(self, layer: int) -> Any:
         """Return what was noted of a finished layer."""
@@ -80,30 +75,3 @@ class LayerStore:
 
     def _path(self, layer: int) -> Path:
         return self._folder / f"layer-{layer:05}.safetensors"
-
-
-def save_atomically(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str]) -> None:
-    """Write a safetensors file that is complete or not there, whatever happens; OSError when the disk takes no more."""
-    temporary = path.with_name(path.name + ".part")
-    temporary.touch()
-    mode = temporary.stat().st_mode  # safetensors makes files that only their owner reads
-    try:
-        save_file(dict(tensors), temporary, metadata=metadata)
-    except SafetensorError as error:
-        raise OSError(f"{path} cannot be written ({error})") from None
-    temporary.chmod(mode)
-    _commit(temporary, path)
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file that is complete or not there, whatever happens."""
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_bytes(data)
-    _commit(temporary, path)
-
-
-def _commit(temporary: Path, path: Path) -> None:
-    """Flush a file to the disk and give it its name."""
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    temporary.replace(path)

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import save
 
 from ..api import ConfigError
+from ..checkpoint_writer import check_space
 from .architectures import LINEAR_KEYS, layer_prefix
 from .awq import LayerQuantizer, Searches
 from .calibration import Calibration
@@ -32,7 +33,7 @@ from .report import FormatOfWeights, LayerRow, PeakMemory, Quality, Report, Size
 from .rounding import Rounding
 from .source import SourceModel
 from .text import Encode, EncodeChat, TokenSource, calibration_windows, evaluation_windows, held_out_text, read_text
-from .writer import check_space, layer_tensors, write_checkpoint
+from .writer import layer_tensors, needed_bytes, write_checkpoint
 
 _BATCH_TOKENS = {"cuda": 8192, "cpu": 1}
 # A 7B model takes 10 s for as many on an H200, the demo 50 s on two cores, where the search takes 41.
@@ -194,7 +195,7 @@ class _Run:
                     f"the run in {self._output} was begun with something else ({difference}); give the same again, or "
                     "--overwrite to start anew"
                 )
-        check_space(self._output, self._source, self._rounding)
+        check_space(self._output, needed_bytes(self._source, self._rounding))
         try:
             self._store.begin(identity)
         except OSError as error:

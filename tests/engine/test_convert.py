@@ -264,7 +264,7 @@ def test_a_folder_with_something_in_it_is_left_alone(tmp_path: Path) -> None:
 def test_a_full_disk_is_noticed_beforehand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, _ = source(tmp_path / "source", "awq")
     monkeypatch.setattr(checkpoint_writer, "_free_bytes", lambda _: 1000)
-    with pytest.raises(ConfigError, match=r"needs 0\.03 GB and its disk has 0\.00 GB free"):
+    with pytest.raises(ConfigError, match=r"takes up to 0\.03 GB and its disk has 0\.00 GB free"):
         convert(folder, tmp_path / "out", to="gptq")
     assert not (tmp_path / "out").exists()
 
@@ -277,7 +277,7 @@ def test_an_interrupted_conversion_leaves_nothing(tmp_path: Path, monkeypatch: p
         assert len(list(tmp_path.glob("out/*.safetensors"))) > 3
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoint_writer, "_write_json", interrupt)
+    monkeypatch.setattr(checkpoint_writer, "write_json", interrupt)
     with pytest.raises(KeyboardInterrupt):
         convert(folder, tmp_path / "out", to="gptq")
     assert not (tmp_path / "out").exists()

@@ -1,7 +1,6 @@
 """Whole runs of the quantizer on tiny checkpoints of every family, read back by readers that share no code with it."""
 
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,10 +12,11 @@ from family_checkpoints import FAMILY_CASES, NUM_KV_HEADS, FamilyCase, case_name
 from quantize_runs import Interrupted, encode, quantize_folder, weight_files
 from safetensors.torch import load_file
 
+from lmdserve.engine import checkpoint_writer
 from lmdserve.engine.api import ConfigError
 from lmdserve.engine.loader import load_model
 from lmdserve.engine.model_config import ModelConfig
-from lmdserve.engine.quantize import awq, writer
+from lmdserve.engine.quantize import awq
 from lmdserve.engine.quantize.evaluation import evaluate
 from lmdserve.engine.quantize.report import read_report
 from lmdserve.engine.quantize.text import evaluation_windows, read_text
@@ -301,9 +301,8 @@ def test_a_disk_that_is_too_full_is_seen_before_anything_is_computed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = checkpoint(case_named("llama2"), tmp_path / "source")
-    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
-    monkeypatch.setattr(writer.shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(ConfigError, match=r"0\.00 GB free .* takes up to 0\.0\d GB"):
+    monkeypatch.setattr(checkpoint_writer, "_free_bytes", lambda _: 1000)
+    with pytest.raises(ConfigError, match=r"takes up to 0\.0\d GB and its disk has 0\.00 GB free"):
         quantize_folder(source, tmp_path / "out", **OPTIONS)
     assert not (tmp_path / "out").exists()
 
