@@ -1,11 +1,11 @@
 """Chooses the runner that fits a loaded model: the fused decoder has its own, which never waits for the device."""
 
 from .config import EngineConfig
+from .decode_chunks import MAX_ROWS_WITH_RUNS
 from .kv_cache import KVCache
 from .memory import MemoryPlan
 from .models.decoder import Decoder
 from .runner import Runner
-from .scheduler import MAX_ROWS_WITH_RUNS
 from .speculation import max_rows_with_drafts
 from .step import StepRunner
 from .step_buffers import StepLimits

@@ -1,9 +1,9 @@
 """Who runs next: continuous batching, chunked prefill beside decoding, preemption by recompute.
 
-Owns every live sequence and is the only one to change a sequence's status, progress, block table and slot. First come,
-first served: the running sequences are always older than the waiting ones, and when blocks run out the newest running
-one goes back to the head of the queue. The oldest can therefore always grow, and as `add` refuses what could not fit
-into the whole pool, every sequence finishes. Tensors, streams and time are somebody else's.
+Owns every live sequence, and alone decides its status, progress, blocks and slot. First come, first served: the running
+sequences are always older than the waiting ones, and when blocks run out the newest running one goes back to the head
+of the queue. The oldest can therefore always grow, and as `add` refuses what could not fit into the whole pool, every
+sequence finishes. Tensors, streams and time are somebody else's.
 
 `schedule` fixes what a step computes, the runner computes it, `complete` books the results, steps in order. Several
 steps may be in flight: the next one is scheduled as if each sampled token were known, with a place for its K and V.
@@ -14,18 +14,15 @@ step that was launched for a sequence that had ended by then is computed for not
 from array import array
 from collections import deque
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from .api import FinishReason, InvalidRequestError
-from .blocks import BlockPool, chain_hash, root_hash
+from .blocks import BlockPool
+from .decode_chunks import MAX_ROWS_WITH_RUNS, decode_chunk, is_run, with_guesses
+from .prefix_cache import PrefixCache
 from .sequence import Sequence, SequenceStatus
 from .speculation import Proposer
-from .step import Chunk, ChunkResult
-
-MAX_RUN_TOKENS = 24  # that are known, of an output, and computed as decode rows; more are computed like a prompt
-MAX_ROWS_WITH_RUNS = 64  # of a step; with more, its products take longer for every further row
-MAX_PROMPT_LOGPROB_ROWS = 256  # per step; a row is vocab_size floats, 256 of InternLM2's are 95 MB
+from .step import Chunk, ChunkResult, StepBudget
 
 
 class Progress(NamedTuple):
@@ -33,29 +30,6 @@ class Progress(NamedTuple):
 
     sequence: Sequence
     result: ChunkResult
-
-
-@dataclass(slots=True)
-class StepBudget:
-    """What a step may still compute beside the decoding sequences."""
-
-    num_prefill_tokens: int
-    num_prompt_logprob_rows: int = MAX_PROMPT_LOGPROB_ROWS
-    # Decode rows beyond one for each live sequence, waiting ones included, as they may come with the step: no step has
-    # more rows of this kind than the batch may have sequences.
-    num_extra_rows: int = 0
-
-    def allowed_for(self, sequence: Sequence) -> int:
-        """Return how many tokens of this sequence may be computed at most."""
-        if sequence.wants_prompt_logprobs:
-            return min(self.num_prefill_tokens, self.num_prompt_logprob_rows)
-        return self.num_prefill_tokens
-
-    def spend(self, chunk: Chunk) -> None:
-        """Book a chunk that `allowed_for` allowed."""
-        self.num_prefill_tokens -= chunk.num_new_tokens
-        if chunk.sequence.wants_prompt_logprobs:
-            self.num_prompt_logprob_rows -= chunk.num_new_tokens
 
 
 class Scheduler:
@@ -73,7 +47,7 @@ class Scheduler:
         self._pool = pool
         self._max_batch_size = max_batch_size
         self._max_prefill_tokens = max_prefill_tokens
-        self._enable_prefix_caching = enable_prefix_caching
+        self._prefix_cache = PrefixCache(pool, is_enabled=enable_prefix_caching)
         self._proposer = proposer
         self._live: dict[str, Sequence] = {}
         self._waiting: deque[Sequence] = deque()
@@ -134,14 +108,14 @@ class Scheduler:
         budget = StepBudget(self._max_prefill_tokens)
         decoding, prefilling = self._divide_running()
         budget.num_extra_rows = self._max_batch_size - len(self._live)
-        is_drafting = bool(decoding) and self._proposer is not None and self._proposer.wants_to_draft(decoding)
-        if is_drafting and self._in_flight:
+        proposer = self._proposer_for(decoding)
+        if proposer is not None and self._in_flight:
             return []  # a guess continues the last token, which is not read back yet
         chunks = self._decode(decoding, budget)
         if chunks is None:
             return []
-        if is_drafting:
-            chunks = self._with_drafts(chunks, budget)
+        if proposer is not None:
+            chunks = with_guesses(chunks, proposer, self._pool, budget)
         chunks += self._continue_prefill(prefilling, budget)
         chunks += self._admit(budget)
         if chunks:
@@ -215,11 +189,17 @@ class Scheduler:
             num_pending = len(sequence.token_ids) + num_samples - sequence.num_launched_tokens
             if sequence.awaits_constraint or num_pending == 0:
                 continue
-            if num_pending > 1 and not self._is_run(sequence):
+            if num_pending > 1 and not is_run(sequence, self._pool):
                 prefilling.append(sequence)
             elif not (num_samples and sequence.num_output_tokens + num_samples >= sequence.max_new_tokens):
                 decoding.append(sequence)
         return decoding, prefilling
+
+    def _proposer_for(self, decoding: list[Sequence]) -> Proposer | None:
+        """Return who guesses in a step with these sequences; None where guesses do not pay."""
+        if self._proposer is not None and decoding and self._proposer.wants_to_draft(decoding):
+            return self._proposer
+        return None
 
     def _decode(self, decoding: list[Sequence], budget: StepBudget) -> list[Chunk] | None:
         """Return a chunk of one token, or of a run of known ones, for each; None when one must give way and steps are
@@ -237,52 +217,11 @@ class Scheduler:
                     return None
                 if not self._make_room(sequence):
                     continue
-            chunk = self._next_run(sequence, 1 + max(0, num_spare_rows))
+            chunk = decode_chunk(sequence, self._pool, 1 + max(0, num_spare_rows))
             num_spare_rows -= chunk.num_new_tokens - 1
             budget.num_extra_rows -= chunk.num_new_tokens - 1
             chunks.append(chunk)
         return chunks
-
-    def _is_run(self, sequence: Sequence) -> bool:
-        """Whether several forced tokens follow what was computed of an output; else a past is computed again."""
-        if sequence.constraint is None or not sequence.is_prompt_launched:
-            return False
-        has_blocks = len(sequence.block_ids) * self._pool.block_size >= sequence.num_tokens
-        return sequence.num_pending_tokens <= MAX_RUN_TOKENS or not has_blocks
-
-    def _next_run(self, sequence: Sequence, most: int) -> Chunk:
-        """Return a chunk of up to `most` tokens of a sequence that has a block for one at least."""
-        start = sequence.num_launched_tokens
-        num_pending = sequence.num_pending_tokens
-        num_new = min(num_pending, most, MAX_RUN_TOKENS)
-        num_needed = self._pool.blocks_for(start + num_new) - len(sequence.block_ids)
-        if num_needed > 0 and num_needed <= self._pool.num_available:
-            sequence.block_ids.extend(self._pool.allocate(num_needed))
-        elif num_needed > 0:
-            num_new = 1
-        is_sampled = num_new == num_pending and sequence.max_new_tokens > 0
-        return Chunk(sequence, start, num_new, is_sampled, is_run=num_new > 1)
-
-    def _with_drafts(self, chunks: list[Chunk], budget: StepBudget) -> list[Chunk]:
-        """Add guesses to the chunks of decoding sequences as far as budget, blocks and max_tokens allow."""
-        assert self._proposer is not None
-        drafted = []
-        for chunk in chunks:
-            sequence = chunk.sequence
-            most = min(
-                budget.num_extra_rows,
-                budget.num_prefill_tokens,
-                sequence.max_new_tokens - sequence.num_output_tokens - 1,
-            )
-            drafts = self._proposer.propose(sequence)[: max(0, most)] if chunk.is_sampled else ()
-            num_needed = self._pool.blocks_for(chunk.end + len(drafts)) - len(sequence.block_ids)
-            if drafts and num_needed <= self._pool.num_available:
-                sequence.block_ids.extend(self._pool.allocate(max(0, num_needed)))
-                chunk = Chunk(sequence, chunk.start, 1 + len(drafts), True, drafts)
-                budget.num_extra_rows -= len(drafts)
-                budget.num_prefill_tokens -= len(drafts)
-            drafted.append(chunk)
-        return drafted
 
     def _continue_prefill(self, prefilling: list[Sequence], budget: StepBudget) -> list[Chunk]:
         return [
@@ -334,9 +273,8 @@ class Scheduler:
 
         One block for each running sequence is left over, so that a newcomer is not preempted right away.
         """
-        hashes = self._lookup_hashes(sequence)
-        hit = self._pool.match(hashes)
-        if len(hit.block_ids) < len(hashes) and self._is_being_computed(hashes[len(hit.block_ids)]):
+        hit = self._prefix_cache.find(sequence, self._running)
+        if hit is None:
             return False
         num_new = self._pool.blocks_for(sequence.num_tokens) - len(hit.block_ids)
         if num_new + hit.num_unheld + len(self._running) > self._pool.num_available:
@@ -351,29 +289,6 @@ class Scheduler:
             self.cached_tokens_total += sequence.num_cached_tokens
             self.newly_admitted.append(sequence)
         return True
-
-    def _lookup_hashes(self, sequence: Sequence) -> list[bytes]:
-        """Return the hashes of the blocks that may come from the cache: full ones, short of the last token."""
-        if not self._enable_prefix_caching or sequence.wants_prompt_logprobs:
-            return []
-        num_blocks = (sequence.num_tokens - 1) // self._pool.block_size
-        self._extend_hashes(sequence, num_blocks)
-        return sequence.block_hashes[:num_blocks]
-
-    def _is_being_computed(self, block_hash: bytes) -> bool:
-        """Whether a running prompt will publish this block: waiting for it is cheaper than computing it twice."""
-        return any(
-            block_hash in sequence.block_hashes[sequence.num_published_blocks :]
-            for sequence in self._running
-            if len(sequence.block_hashes) > sequence.num_published_blocks
-        )
-
-    def _extend_hashes(self, sequence: Sequence, num_blocks: int) -> None:
-        block_size = self._pool.block_size
-        hashes = sequence.block_hashes
-        for index in range(len(hashes), num_blocks):
-            parent_hash = hashes[-1] if hashes else _root_hash(sequence)
-            hashes.append(chain_hash(parent_hash, sequence.token_ids[index * block_size : (index + 1) * block_size]))
 
     def _advance(self, chunk: Chunk, result: ChunkResult) -> ChunkResult:
         """Book what a chunk brought a running sequence, and return as much of it as belongs to the answer."""
@@ -392,8 +307,7 @@ class Scheduler:
             self.accepted_tokens_total += num_accepted
         elif chunk.is_sampled and chunk.end == sequence.num_tokens:  # its mask was late: its token is computed again
             sequence.num_computed_tokens = sequence.num_launched_tokens = chunk.end - 1
-        if sequence.num_computed_tokens >= (sequence.num_published_blocks + 1) * self._pool.block_size:
-            self._publish_full_blocks(sequence)
+        self._prefix_cache.publish(sequence)
         if sequence.finish_reason is None and not chunk.is_sampled and chunk.end == sequence.num_tokens:
             sequence.finish_reason = FinishReason.LENGTH  # no output was wanted
         if sequence.finish_reason is not None:
@@ -419,15 +333,6 @@ class Scheduler:
         if num_kept == len(result.token_ids):
             return result
         return result._replace(token_ids=result.token_ids[:num_kept], logprobs=result.logprobs[:num_kept])
-
-    def _publish_full_blocks(self, sequence: Sequence) -> None:
-        if not self._enable_prefix_caching:
-            return
-        num_full = sequence.num_computed_tokens // self._pool.block_size
-        self._extend_hashes(sequence, num_full)
-        for index in range(sequence.num_published_blocks, num_full):
-            self._pool.publish(sequence.block_ids[index], sequence.block_hashes[index])
-        sequence.num_published_blocks = num_full
 
     def _preempt(self, sequence: Sequence) -> None:
         """Send the newest running sequence back to the head of the queue; what it computed may survive as cache.
@@ -463,7 +368,3 @@ class Scheduler:
         self._free_slots.append(sequence.slot)
         sequence.block_ids = array("q")
         sequence.num_published_blocks = 0
-
-
-def _root_hash(sequence: Sequence) -> bytes:
-    return root_hash(sequence.rope_base, is_deterministic=sequence.is_deterministic)

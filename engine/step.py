@@ -6,10 +6,13 @@ flight: a chunk then builds on tokens that nobody has read back from the device 
 """
 
 from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 from .api import TokenLogprob
 from .sequence import Sequence
+
+MAX_PROMPT_LOGPROB_ROWS = 256  # per step; a row is vocab_size floats, 256 of InternLM2's are 95 MB
 
 
 class Chunk(NamedTuple):
@@ -64,6 +67,29 @@ class ChunkResult(NamedTuple):
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
     failure: str | None = None
     is_over: bool = False
+
+
+@dataclass(slots=True)
+class StepBudget:
+    """What a step may still compute beside the decoding sequences."""
+
+    num_prefill_tokens: int
+    num_prompt_logprob_rows: int = MAX_PROMPT_LOGPROB_ROWS
+    # Decode rows beyond one for each live sequence, waiting ones included, as they may come with the step: no step has
+    # more rows of this kind than the batch may have sequences.
+    num_extra_rows: int = 0
+
+    def allowed_for(self, sequence: Sequence) -> int:
+        """Return how many tokens of this sequence may be computed at most."""
+        if sequence.wants_prompt_logprobs:
+            return min(self.num_prefill_tokens, self.num_prompt_logprob_rows)
+        return self.num_prefill_tokens
+
+    def spend(self, chunk: Chunk) -> None:
+        """Book a chunk that `allowed_for` allowed."""
+        self.num_prefill_tokens -= chunk.num_new_tokens
+        if chunk.sequence.wants_prompt_logprobs:
+            self.num_prompt_logprob_rows -= chunk.num_new_tokens
 
 
 class StepRunner(Protocol):

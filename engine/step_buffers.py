@@ -10,7 +10,7 @@ import torch
 
 from .memory_sizes import qkv_width
 from .model_config import ModelConfig
-from .scheduler import MAX_PROMPT_LOGPROB_ROWS
+from .step import MAX_PROMPT_LOGPROB_ROWS
 from .step_inputs import ALIGNMENT, NUM_INPUT_PARTS
 
 # Up to here a 4-bit product is fastest when its parts are added atomically to a float32 buffer (kernels/w4a16.py).

@@ -20,9 +20,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from lmdserve.engine.api import EngineInfo, FinishReason, InvalidRequestError, Request, SamplingParams, TokenLogprob
 from lmdserve.engine.blocks import BlockPool
-from lmdserve.engine.scheduler import MAX_PROMPT_LOGPROB_ROWS, Progress, Scheduler
+from lmdserve.engine.scheduler import Progress, Scheduler
 from lmdserve.engine.sequence import Sequence, SequenceStatus, new_sequence
-from lmdserve.engine.step import Chunk, ChunkResult
+from lmdserve.engine.step import MAX_PROMPT_LOGPROB_ROWS, Chunk, ChunkResult
 
 VOCAB_SIZE = 50
 EOS = 49
