@@ -36,8 +36,9 @@ from grammar import SYNTAX, share_of, vocabulary_of  # noqa: E402
 import lmdserve  # noqa: E402
 from lmdserve.engine.api import Request, SamplingParams  # noqa: E402
 from lmdserve.engine.config import EngineConfig  # noqa: E402
-from lmdserve.engine.loader import resolve_model_folder  # noqa: E402
-from lmdserve.engine.loop import AsyncEngine, load_engine  # noqa: E402
+from lmdserve.engine.load_engine import load_engine  # noqa: E402
+from lmdserve.engine.loop import AsyncEngine  # noqa: E402
+from lmdserve.engine.model_folder import resolve_model_folder  # noqa: E402
 from lmdserve.server.options import OptionParser, add_options, read_options  # noqa: E402
 from lmdserve.server.text import Tokenizer  # noqa: E402
 from lmdserve.tools.call_grammar import CallGrammar  # noqa: E402

@@ -49,7 +49,7 @@ async def measure(config: EngineConfig, *, num_bytes_of_others: int) -> None:
     """Load, run every phase, print a line after each."""
     import torch
 
-    from lmdserve.engine.loop import load_engine
+    from lmdserve.engine.load_engine import load_engine
     from lmdserve.engine.memory import plan_memory
     from lmdserve.engine.memory_device import find_device
     from lmdserve.engine.model_config import ModelConfig

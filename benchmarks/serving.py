@@ -96,7 +96,7 @@ def _be_engine(levels: Sequence[int], arguments: argparse.Namespace, options: li
 
     from engine import Work, run, shortened
     from lmdserve.engine.config import EngineConfig
-    from lmdserve.engine.loop import load_engine
+    from lmdserve.engine.load_engine import load_engine
     from lmdserve.server.options import OptionParser, add_options, read_options
 
     parser = OptionParser()

@@ -1,6 +1,6 @@
 """A second engine in a process that runs one: what it may take, and whether both fit at once.
 
-Owns the plan of a swap, made before anything is loaded. Loading is `loop.py: load_engine`'s business, the change of
+Owns the plan of a swap, made before anything is loaded. Loading is `load_engine.py`'s business, the change of
 requests from one engine to the other the server's.
 """
 
@@ -10,11 +10,11 @@ import torch
 
 from .api import ConfigError, EngineInfo, SwapPlan
 from .config import EngineConfig
-from .loader import resolve_model_folder
 from .memory import MemoryPlan, plan_memory
 from .memory_device import MemoryDevice, find_device, this_machine
 from .memory_sizes import CONTEXT_BYTES
 from .model_config import ModelConfig
+from .model_folder import resolve_model_folder
 from .option_checks import check_options
 
 _GIB = 2**30

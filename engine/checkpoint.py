@@ -14,10 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from .api import ConfigError
-from .model_folder import resolve_model_folder
 from .shard_reader import read_to_device, stored_tensors
-
-__all__ = ["Checkpoint", "resolve_model_folder"]
 
 _SAFETENSORS_STEM = "model"
 _BIN_STEM = "pytorch_model"

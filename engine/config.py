@@ -54,7 +54,7 @@ def check_bounds(config: Any) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
-    """What the user asked for. "auto" and None are decided once, in `engine/loop.py: load_engine`, and logged."""
+    """What the user asked for. "auto" and None are decided once, in `engine/load_engine.py`, and logged."""
 
     model: str = option("demo", "local folder, hub name, or `demo` for the model in the package")
     revision: str | None = option(None, "branch, tag or commit, for a hub name")

@@ -14,7 +14,7 @@ import torch
 
 from .api import ConfigError
 from .assembly import Assembly, LayerParts, choose_assembly
-from .checkpoint import Checkpoint, resolve_model_folder
+from .checkpoint import Checkpoint
 from .config import HeadBits
 from .formats import TensorSpec, find_format
 from .input_order import group_index_complaint, input_order
@@ -26,8 +26,6 @@ from .quantization_config import QuantizationScheme
 
 if TYPE_CHECKING:
     from .models.fused_decoder import FusedDecoder
-
-__all__ = ["load_model", "resolve_model_folder"]
 
 # Buffers that old checkpoints carry along; they follow from config.json.
 IGNORED_NAMES = re.compile(r"(^|\.)rotary_emb\.(inv_freq|cos_cached|sin_cached)$")

@@ -52,7 +52,7 @@ class EngineLoader:
         folder = resolve_model_folder(config.model, config.revision)
         with ThreadPoolExecutor(1) as beside:
             model = beside.submit(self._load_text_side, folder, os.path.basename(config.model.rstrip("/")))
-            from lmdserve.engine.loop import load_engine
+            from lmdserve.engine.load_engine import load_engine
 
             engine = load_engine(dataclasses.replace(config, model=str(folder)))
             return engine, model.result()
@@ -66,7 +66,7 @@ class EngineLoader:
     def load(self, folder: Path, *, checkpoint: str) -> "tuple[Engine, ServedModel]":
         """See Loader. When it fails, what it had taken is given back."""
         from lmdserve.engine.beside import memory_left
-        from lmdserve.engine.loop import load_engine
+        from lmdserve.engine.load_engine import load_engine
         from lmdserve.engine.memory_guard import return_freed_memory
 
         config = self._config_for(folder)

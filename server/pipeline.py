@@ -258,8 +258,8 @@ def pipeline(model: str = "demo", engine_config: EngineConfig | None = None, **o
     Raises ConfigError when the model or an option is wrong.
     """
     prepare_torch()
-    from lmdserve.engine.loader import resolve_model_folder
-    from lmdserve.engine.loop import load_engine
+    from lmdserve.engine.load_engine import load_engine
+    from lmdserve.engine.model_folder import resolve_model_folder
 
     config = dataclasses.replace(engine_config or EngineConfig(), model=model, **options)
     folder = resolve_model_folder(config.model, config.revision)

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from lmdserve.engine.config import EngineConfig
-from lmdserve.engine.loop import load_engine
+from lmdserve.engine.load_engine import load_engine
 from lmdserve.engine.model_config import ModelConfig
 from lmdserve.server.model import load_served_model
 

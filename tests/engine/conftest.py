@@ -26,8 +26,9 @@ from lmdserve.engine.blocks import BlockPool
 from lmdserve.engine.config import EngineConfig
 from lmdserve.engine.constraints import ConstraintState
 from lmdserve.engine.kv_cache import KVCache
+from lmdserve.engine.load_engine import load_engine
 from lmdserve.engine.loader import load_model
-from lmdserve.engine.loop import AsyncEngine, load_engine
+from lmdserve.engine.loop import AsyncEngine
 from lmdserve.engine.model_config import ModelConfig
 from lmdserve.engine.runner import ComputedStep, Runner
 from lmdserve.engine.scheduler import Scheduler

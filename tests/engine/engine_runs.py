@@ -14,7 +14,8 @@ from tokenizers import Tokenizer
 import lmdserve
 from lmdserve.engine.api import EngineStats, Request, SamplingParams, TokenLogprob
 from lmdserve.engine.config import EngineConfig
-from lmdserve.engine.loop import AsyncEngine, load_engine
+from lmdserve.engine.load_engine import load_engine
+from lmdserve.engine.loop import AsyncEngine
 
 DEMO = Path(lmdserve.__file__).parent / "demo" / "model"
 _QUESTIONS = (

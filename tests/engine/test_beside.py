@@ -11,7 +11,7 @@ import torch
 from lmdserve.engine import beside
 from lmdserve.engine.api import ConfigError, EngineInfo, Request, SamplingParams
 from lmdserve.engine.config import EngineConfig
-from lmdserve.engine.loop import load_engine
+from lmdserve.engine.load_engine import load_engine
 from lmdserve.engine.memory import plan_memory
 from lmdserve.engine.memory_device import MemoryDevice
 from lmdserve.engine.model_config import ModelConfig

@@ -18,8 +18,9 @@ from safetensors.torch import save_file
 from lmdserve.engine import model_folder
 from lmdserve.engine.api import ConfigError
 from lmdserve.engine.checkpoint import Checkpoint
-from lmdserve.engine.loader import load_model, resolve_model_folder
+from lmdserve.engine.loader import load_model
 from lmdserve.engine.model_config import ModelConfig
+from lmdserve.engine.model_folder import resolve_model_folder
 from lmdserve.engine.models.decoder import Decoder
 
 TOKENS = list(range(1, 40))

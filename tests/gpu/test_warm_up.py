@@ -11,7 +11,8 @@ from engine_runs import DEMO, benchmark_script
 
 from lmdserve.engine.api import Request, SamplingParams
 from lmdserve.engine.config import EngineConfig, QuantPolicy
-from lmdserve.engine.loop import AsyncEngine, load_engine
+from lmdserve.engine.load_engine import load_engine
+from lmdserve.engine.loop import AsyncEngine
 
 pytestmark = [
     pytest.mark.gpu,
