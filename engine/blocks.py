@@ -85,6 +85,7 @@ class BlockPool:
     def acquire(self, block_ids: Iterable[int]) -> None:
         """Hold published blocks once more; each is released on its own."""
         for block_id in block_ids:
+            assert self._hash_by_block[block_id] is not None, f"block {block_id} is private"
             if self._num_holders[block_id] == 0:
                 del self._unheld[block_id]
             self._num_holders[block_id] += 1
@@ -113,7 +114,7 @@ class BlockPool:
             self._hash_by_block[block_id] = block_hash
 
     def unpublish(self, block_ids: Iterable[int]) -> None:
-        """Take held blocks out of the prefix cache, because what is in them is not to be trusted."""
+        """Take blocks out of the prefix cache, so that nobody finds them any more; who holds one goes on with it."""
         for block_id in block_ids:
             block_hash = self._hash_by_block[block_id]
             if block_hash is not None:
@@ -133,7 +134,6 @@ class BlockPool:
             is_published = self._hash_by_block[block_id] is not None
             assert not (block_id in free and is_published), f"free block {block_id} is published"
             assert not (block_id in unheld and not is_published), f"block {block_id} is kept for nothing"
-            assert holders[block_id] <= 1 or is_published, f"private block {block_id} is shared"
         for block_hash, block_id in self._block_by_hash.items():
             assert self._hash_by_block[block_id] == block_hash, f"block {block_id} is published under another hash"
         num_published = sum(block_hash is not None for block_hash in self._hash_by_block)

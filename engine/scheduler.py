@@ -140,7 +140,9 @@ class Scheduler:
             if result.failure is None:
                 progress.append(Progress(sequence, self._advance(chunk, result)))
             else:
-                self._fail(sequence)
+                if not result.spares_cache:
+                    self._pool.unpublish(sequence.block_ids)
+                self._retire(sequence)
                 progress.append(Progress(sequence, result))
         return progress
 
@@ -347,10 +349,6 @@ class Scheduler:
         if sequence.wants_prompt_logprobs:
             sequence.prompt_logprobs.clear()
         self.preemptions_total += 1
-
-    def _fail(self, sequence: Sequence) -> None:
-        self._pool.unpublish(sequence.block_ids)
-        self._retire(sequence)
 
     def _retire(self, sequence: Sequence) -> None:
         """Take a sequence out of its queue; its blocks and slot go now, or with the last step that computes it."""

@@ -54,7 +54,8 @@ class Chunk(NamedTuple):
 
 
 class ChunkResult(NamedTuple):
-    """What a step found for one chunk; `failure` says why the sequence cannot go on.
+    """What a step found for one chunk; `failure` says why the sequence cannot go on, `spares_cache` that what was
+    computed of it is right all the same.
 
     `token_ids` is empty unless the chunk is sampled. It holds the drafts that came out as sampled too, then the token
     sampled after the last of them; `logprobs` is parallel to it where the request asked for them, else empty. Of a
@@ -66,6 +67,7 @@ class ChunkResult(NamedTuple):
     logprobs: tuple[TokenLogprob, ...] = ()
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
     failure: str | None = None
+    spares_cache: bool = False
     is_over: bool = False
 
 

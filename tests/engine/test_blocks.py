@@ -128,6 +128,20 @@ def test_an_unpublished_block_is_not_found_again() -> None:
     pool.check([])
 
 
+def test_whoever_holds_an_unpublished_block_goes_on_with_it_and_nobody_else_joins() -> None:
+    pool = BlockPool(num_blocks=2, block_size=2)
+    block_ids = _publish_chain(pool, _hashes(2))
+    pool.acquire(block_ids)
+    pool.unpublish(block_ids)
+    pool.check([block_ids, block_ids])
+    with pytest.raises(AssertionError, match="is private"):
+        pool.acquire(block_ids)
+    pool.release(block_ids)
+    pool.release(block_ids)
+    assert (pool.num_cached, pool.num_available) == (0, 2)
+    pool.check([])
+
+
 def test_check_notices_a_leak_and_a_wrong_owner() -> None:
     pool = BlockPool(num_blocks=2, block_size=2)
     (block_id,) = pool.allocate(1)

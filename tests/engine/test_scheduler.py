@@ -474,6 +474,32 @@ def test_a_failure_ends_that_sequence_alone_and_its_blocks_are_not_reused_as_cac
     assert again.num_cached_tokens == 0
 
 
+def _fail(bench: Bench, sequence: Sequence, failure: ChunkResult) -> None:
+    """Complete a step with every sequence in which one fails."""
+    chunks = bench.schedule()
+    results = bench.machine.run(chunks)
+    results[[chunk.sequence for chunk in chunks].index(sequence)] = failure
+    bench.scheduler.complete(chunks, results)
+    bench.scheduler.check()
+
+
+@pytest.mark.parametrize(("spares_cache", "num_cached"), [(False, 0), (True, 8)])
+def test_a_failure_beside_others_of_the_same_prefix(spares_cache: bool, num_cached: int) -> None:
+    """Blocks that a failing request shared were private and held twice; and a constraint's failure says nothing
+    about what was computed, so that a client whose grammars fail must not cost others their common prefix."""
+    bench = Bench(block_size=4, max_prefill_tokens=100)
+    good = bench.add(range(9), max_tokens=20)
+    bench.step()
+    bad = bench.add([*range(8), 30], max_tokens=20)
+    bench.step()
+    assert bad.num_cached_tokens == 8
+    _fail(bench, bad, ChunkResult(failure="of its own", spares_cache=spares_cache))
+    late = bench.add([*range(8), 31])
+    bench.drain()
+    assert good.token_ids[9:].tolist() == _expected_output(good, range(9))
+    assert late.num_cached_tokens == num_cached
+
+
 def _until_idle(bench: Bench) -> list[dict[str, int]]:
     """Step until nothing is left; return the sizes of each step's chunks, empty where the scheduler had to wait."""
     sizes = []
@@ -702,6 +728,16 @@ class RandomUse(RuleBasedStateMachine):
     @rule()
     def land(self) -> None:
         self.bench.land()
+
+    @precondition(lambda self: self.bench.in_flight)
+    @rule(data=st.data(), spares_cache=st.booleans())
+    def land_with_a_failure(self, data: st.DataObject, spares_cache: bool) -> None:
+        results = self.bench.machine.collect()
+        index = data.draw(st.integers(0, len(results) - 1))
+        results[index] = ChunkResult(failure="told to", spares_cache=spares_cache)
+        for progress in self.bench.scheduler.complete(self.bench.in_flight.popleft(), results):
+            if progress.result.failure:
+                del self.sequences[progress.sequence.uid]
 
     @precondition(lambda self: len(self.bench.in_flight) < self.bench.depth and not self.drafts_are_in_flight())
     @rule(count=st.integers(1, 8))

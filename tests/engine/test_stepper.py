@@ -85,7 +85,7 @@ def test_with_two_in_flight_the_next_step_is_launched_before_the_last_is_collect
 
 
 class Anything:
-    """A constraint that bars nothing; it tells when it is asked, and fails if told to."""
+    """A constraint that bars nothing; it tells when it is asked."""
 
     is_over = must_end = False
 
@@ -118,6 +118,24 @@ def test_a_constrained_step_is_launched_before_the_last_one_s_tokens_are_known_a
         "launch [5]", "collect [5]", "accept 5", "mask", "sample [5]",
         "launch [5]", "collect [5]", "accept 5", "mask", "sample [5]",
     ]  # fmt: skip
+
+
+class Failing(Anything):
+    def mask(self) -> None:
+        raise ValueError("told to fail")
+
+
+def test_what_was_computed_is_right_where_a_constraint_fails_and_doubtful_where_the_step_does() -> None:
+    stepper = Stepper(ScriptedRunner(1))
+    chunks = _chunks(5, BAD)
+    chunks[0].sequence.constraint = ConstraintState(Failing([]))
+    (finished,) = stepper.advance(chunks)
+    stepper.close()
+    of_constraint, of_step = finished.results
+    assert of_constraint.failure is not None
+    assert of_constraint.spares_cache
+    assert of_step.failure is not None
+    assert not of_step.spares_cache
 
 
 def test_a_step_beside_without_constraints_is_sampled_at_once() -> None:
