@@ -38,7 +38,7 @@ import torch  # noqa: E402  (after prepare_torch)
 from lmdserve.engine.model_folder import resolve_model_folder  # noqa: E402
 from lmdserve.engine.quantize.evaluation import evaluate, window_tokens  # noqa: E402
 from lmdserve.engine.quantize.layered_reference import layered_reference  # noqa: E402
-from lmdserve.engine.quantize.report import QualityRow  # noqa: E402
+from lmdserve.engine.quantize.quality import QualityRow  # noqa: E402
 from lmdserve.engine.quantize.rounding import Rounding  # noqa: E402
 from lmdserve.engine.quantize.run import TextSide, quantize  # noqa: E402
 from lmdserve.engine.quantize.source import SourceModel  # noqa: E402
@@ -124,7 +124,7 @@ def measure(folder: Path, options: QuantizeOptions, text: TextSide, ways: list[W
     windows = evaluation_windows(tokens, seqlen=window_tokens(source.config), max_tokens=options.eval_tokens or 16384)
     print(f"{datetime.date.today()}, lmdserve {lmdserve.__version__}, torch {torch.__version__}, {name}; {folder}")
     print(f"calibrated on {options.calib_samples} x {options.calib_seqlen} tokens, measured on {windows.numel()}\n")
-    print("| weights | KL, nats a token | perplexity | same top token |\n|---|---|---|---|")
+    print("| weights | KL, nats a token | perplexity | increase, % | same top token |\n|---|---|---|---|---|")
     with torch.inference_mode():
         known, row = layered_reference(source, windows, batch_size=1, device=device, on_share_done=lambda done: None)
         print_row("16-bit", row)
@@ -138,7 +138,10 @@ def measure(folder: Path, options: QuantizeOptions, text: TextSide, ways: list[W
 
 
 def print_row(name: str, row: QualityRow) -> None:
-    print(f"| {name} | {row.kl_divergence:.5f} | {row.perplexity:.4f} | {row.top1_agreement:.2%} |", flush=True)
+    """Print one row; what follows a +- is the standard error."""
+    divergence = f"{row.kl_divergence:.5f} +- {row.kl_divergence_error:.5f}"
+    increase = f"{100 * row.perplexity_increase:.2f} +- {100 * row.perplexity_increase_error:.2f}"
+    print(f"| {name} | {divergence} | {row.perplexity:.4f} | {increase} | {row.top1_agreement:.2%} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -8,18 +8,20 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from msgspec import to_builtins
 
 from lmdserve.engine.api import ConfigError
 from lmdserve.engine.quantize.evaluate_options import EvaluateOptions
+from lmdserve.engine.quantize.quality import NUM_OWN_CELLS, QUALITY_HEAD, QualityRow, quality_cells
+from lmdserve.engine.quantize.report import aligned
 from lmdserve.engine.torch_setup import prepare_torch
 
 from .options import OptionParser, add_options, read_options
 
 if TYPE_CHECKING:
     import torch
-
-    from lmdserve.engine.quantize.report import QualityRow
 
 Encode = Callable[[str], list[int]]
 
@@ -133,46 +135,16 @@ def _as_json(measured: "list[tuple[str, QualityRow]]", windows: "torch.Tensor", 
             "text": options.text,
             "num_tokens": windows.numel(),
             "window_tokens": windows.shape[1],
-            "rows": [{"model": name} | _values(row, options) for name, row in measured],
+            "rows": [{"model": name} | to_builtins(row) for name, row in measured],
         },
         ensure_ascii=False,
         indent=1,
     )
 
 
-def _values(row: "QualityRow", options: EvaluateOptions) -> dict[str, Any]:
-    values = {"weights": row.weights, "kv_bits": row.kv_bits, "perplexity": row.perplexity}
-    if options.against is None:
-        return values
-    return values | {
-        "perplexity_increase": row.perplexity_increase,
-        "kl_divergence": row.kl_divergence,
-        "top1_agreement": row.top1_agreement,
-    }
-
-
-_COLUMNS = {
-    "kv_bits": ("KV bits", "d"),
-    "perplexity": ("perplexity", ".4f"),
-    "perplexity_increase": ("increase", "+.2%"),
-    "kl_divergence": ("KL nats/token", ".2e"),
-    "top1_agreement": ("same top token", ".2%"),
-}
-
-
 def _as_table(measured: "list[tuple[str, QualityRow]]", windows: "torch.Tensor", options: EvaluateOptions) -> str:
-    from lmdserve.engine.quantize.report import aligned
-
-    rows = [{"model": name} | _values(row, options) for name, row in measured]
-    columns = {key: column for key, column in _COLUMNS.items() if key in rows[0]}
-    head = ("model", "weights", *(title for title, _ in columns.values()))
-    cells = [
-        (
-            row["model"],
-            row["weights"],
-            *("not finite" if row[key] is None else format(row[key], form) for key, (_, form) in columns.items()),
-        )
-        for row in rows
-    ]
+    rows = [("model", *QUALITY_HEAD), *((name, *quality_cells(row)) for name, row in measured)]
+    if options.against is None:
+        rows = [row[: 1 + NUM_OWN_CELLS] for row in rows]
     what = f"{windows.numel()} tokens of {options.text}, in windows of {windows.shape[1]}"
-    return f"{what}:\n{aligned([head, *cells])}"
+    return f"{what}:\n{aligned(rows)}"

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 from msgspec import Meta, Struct, to_builtins
 
 from lmdserve.engine.api import ConfigError
+from lmdserve.engine.quantize.quality import with_error
 from lmdserve.engine.quantize.report import REPORT_NAME, read_report
 
 from .admin_errors import GateError, NoReportError
@@ -52,13 +53,13 @@ def check_gate(gate: Gate | None, quality: dict[str, Any] | None) -> None:
             param="gate",
         )
     limits = (
-        ("the KL divergence", quality["kl_divergence"], gate.max_kl),
-        ("the increase of perplexity", quality["perplexity_increase"], gate.max_ppl_increase),
+        ("the KL divergence", "kl_divergence", gate.max_kl),
+        ("the increase of perplexity", "perplexity_increase", gate.max_ppl_increase),
     )
     failures = [
-        f"{what} is {'not finite' if value is None else format(value, '.4g')} and may be {limit:g}"
-        for what, value, limit in limits
-        if limit is not None and (value is None or value > limit)
+        f"{what} is {with_error(quality[name], quality[f'{name}_error'], '.4g', '.1g')} and may be {limit:g}"
+        for what, name, limit in limits
+        if limit is not None and (quality[name] is None or quality[name] > limit)
     ]
     if failures:
         raise GateError(f"gate: {' and '.join(failures)}; the checkpoint does not serve", param="gate")

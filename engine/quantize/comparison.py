@@ -14,7 +14,7 @@ from ..memory_sizes import ComputeForm, weight_bytes
 from ..model_config import ModelConfig
 from .evaluation import KV_POLICIES, LoadedModel, OnProgress, ProgressShares, Reference, evaluate
 from .layered_reference import layered_reference
-from .report import QualityRow
+from .quality import QualityRow
 from .source import SourceModel
 
 _WORK_BYTES = 4 << 30  # a pass of 8192 tokens through a 7B model takes 2 GiB: KV cache, results between layers, logits

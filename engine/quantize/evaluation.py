@@ -3,16 +3,17 @@
 Convention: a window of n tokens gives n - 1 predictions, each from the tokens before it in the window; perplexity is
 exp of the mean negative log-likelihood over all of them. With windows of 2048 tokens of wikitext2's test split that is
 the usual figure of the quantization papers (GPTQ's `wikitext2`). KL divergence is the mean of KL(reference || model)
-over the same predictions, in nats.
+over the same predictions, in nats. Errors are those of a mean of independent predictions; that of the increase is of
+the two models' differences, prediction by prediction, which is far smaller than that of either perplexity.
 
 Models are in memory one after the other: of the reference its final hidden states are kept, on the host, and its head.
 Logits exist for a few rows at a time.
 """
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import msgspec
 import torch
 from torch.nn import functional
 
@@ -22,7 +23,7 @@ from ..loader import load_model
 from ..memory import resolve_dtype_name
 from ..model_config import ModelConfig
 from .forward_pass import Head, head_of, make_forward_pass
-from .report import QualityRow
+from .quality import QualityRow
 
 KV_POLICIES: tuple[QuantPolicy, ...] = (0, 8, 4)
 WINDOW_TOKENS = 2048  # the usual convention; a model of a shorter context has shorter windows
@@ -39,12 +40,12 @@ def window_tokens(config: ModelConfig) -> int:
 class Reference:
     """What other models are measured against: final hidden states on the host, and the head that belongs to them."""
 
-    def __init__(self, hidden_states: torch.Tensor, head: Head, vocab_size: int, perplexity: float) -> None:
-        """`hidden_states` is [num_windows, seqlen, hidden_size], on the host."""
+    def __init__(self, hidden_states: torch.Tensor, head: Head, vocab_size: int, surprisals: torch.Tensor) -> None:
+        """hidden_states [num_windows, seqlen, hidden_size] and surprisals float64 [num_predictions], on the host."""
         self._hidden_states = hidden_states
         self._head = head
         self.vocab_size = vocab_size
-        self.perplexity = perplexity
+        self.surprisals = surprisals
 
     def log_probabilities(self, first: int, count: int, device: torch.device) -> Iterator[torch.Tensor]:
         """Yield fp32 [num_rows, vocab_size] for the predictions of `count` windows, in chunks as everywhere here."""
@@ -83,18 +84,18 @@ class LoadedModel:
                 f"{self._folder} has {self.config.vocab_size} tokens and the model it is compared with "
                 f"{reference.vocab_size}; only models of one vocabulary can be compared"
             )
-        head, sums, first = head_of(self._model), _Sums(), 0
+        head, scores, first = head_of(self._model), _Scores(), 0
         for part, hidden in self._passes(windows, quant_policy, on_progress):
             predictions = _predictions(part, hidden, self.config.vocab_size)
             if reference is None:
                 for rows, targets in predictions:
-                    sums.add(functional.log_softmax(head(rows), -1), targets, expected=None)
+                    scores.add(functional.log_softmax(head(rows), -1), targets, expected=None)
             else:
                 known = reference.log_probabilities(first, len(part), self._device)
                 for (rows, targets), expected in zip(predictions, known, strict=True):
-                    sums.add(functional.log_softmax(head(rows), -1), targets, expected=expected)
+                    scores.add(functional.log_softmax(head(rows), -1), targets, expected=expected)
             first += len(part)
-        return _row(self.config, quant_policy, sums, reference)
+        return _row(self.config, quant_policy, scores, reference)
 
     def _passes(
         self, windows: torch.Tensor, quant_policy: QuantPolicy, on_progress: OnProgress | None
@@ -131,13 +132,13 @@ def reference_from(
 
     hidden_states [num_windows, seqlen, hidden_size] of a model with its KV cache in 16 bits, whoever computed them.
     """
-    sums = _Sums()
+    scores = _Scores()
     for part, hidden in zip(windows, hidden_states, strict=True):
         for rows, targets in _predictions(part[None].to(device), hidden[None].to(device), config.vocab_size):
             log_probabilities = functional.log_softmax(head(rows), -1)
-            sums.add(log_probabilities, targets, expected=log_probabilities)
-    reference = Reference(hidden_states, head, config.vocab_size, sums.perplexity())
-    return reference, _row(config, 0, sums, reference)
+            scores.add(log_probabilities, targets, expected=log_probabilities)
+    reference = Reference(hidden_states, head, config.vocab_size, scores.surprisals())
+    return reference, _row(config, 0, scores, reference)
 
 
 class ProgressShares:
@@ -171,51 +172,62 @@ def evaluate(
     return [model.measure(windows, policy, reference, progress.next()) for policy in kv_policies]
 
 
-def _row(config: ModelConfig, quant_policy: QuantPolicy, sums: "_Sums", reference: Reference | None) -> QualityRow:
-    perplexity = sums.perplexity()
-    return QualityRow(
-        weights="16-bit" if config.quantization is None else "4-bit",
-        kv_bits=quant_policy or 16,
-        perplexity=_finite(perplexity),
-        perplexity_increase=None if reference is None else _finite(perplexity / reference.perplexity - 1),
-        kl_divergence=None if reference is None else _finite(sums.kl_divergence()),
-        top1_agreement=None if reference is None else sums.top1_agreement(),
-    )
-
-
-class _Sums:
-    """Totals over predictions, in float64 on the device."""
+class _Scores:
+    """Numbers for each prediction, kept on the device until they are asked for."""
 
     def __init__(self) -> None:
-        self._num_predictions = 0
-        self._negative_log_likelihood: torch.Tensor | float = 0.0
-        self._divergence: torch.Tensor | float = 0.0
-        self._num_agreed: torch.Tensor | int = 0
+        self._surprisals: list[torch.Tensor] = []
+        self._divergences: list[torch.Tensor] = []
+        self._agreements: list[torch.Tensor] = []
 
     def add(self, log_probabilities: torch.Tensor, targets: torch.Tensor, *, expected: torch.Tensor | None) -> None:
         """Add rows of log-probabilities [num_rows, vocab_size]: what was said, what came, and what was expected."""
-        self._num_predictions += len(targets)
-        self._negative_log_likelihood -= log_probabilities.gather(1, targets[:, None]).sum(dtype=torch.float64)
+        self._surprisals.append(-log_probabilities.gather(1, targets[:, None]).flatten())
         if expected is not None:
             divergence = functional.kl_div(log_probabilities, expected, reduction="none", log_target=True)
-            self._divergence += divergence.sum(-1).sum(dtype=torch.float64)
-            self._num_agreed += (log_probabilities.argmax(-1) == expected.argmax(-1)).sum()
+            self._divergences.append(divergence.sum(-1, dtype=torch.float64))
+            self._agreements.append(log_probabilities.argmax(-1) == expected.argmax(-1))
 
-    def perplexity(self) -> float:
-        """Return exp of the mean negative log-likelihood; inf past float64's range."""
-        try:
-            return math.exp(float(self._negative_log_likelihood) / self._num_predictions)
-        except OverflowError:
-            return math.inf
+    def surprisals(self) -> torch.Tensor:
+        """Return the negative log-likelihood of what came, in nats; float64 [num_predictions], on the host."""
+        return _on_host(self._surprisals)
 
-    def kl_divergence(self) -> float:
-        """Return nats a token; rounding may leave less than nothing of a zero, which is no divergence."""
-        mean = float(self._divergence) / self._num_predictions
-        return 0.0 if mean < 0 else mean
+    def divergences(self) -> torch.Tensor:
+        """Return KL(expected || said), in nats; float64 [num_predictions], on the host."""
+        return _on_host(self._divergences)
 
     def top1_agreement(self) -> float:
         """Return the share of predictions with the same likeliest token."""
-        return float(self._num_agreed) / self._num_predictions
+        return float(_on_host(self._agreements).mean())
+
+
+def _row(config: ModelConfig, quant_policy: QuantPolicy, scores: _Scores, reference: Reference | None) -> QualityRow:
+    surprisals = scores.surprisals()
+    row = QualityRow(
+        weights="16-bit" if config.quantization is None else "4-bit",
+        kv_bits=quant_policy or 16,
+        perplexity=_finite(surprisals.mean().exp()),
+    )
+    if reference is None:
+        return row
+    difference, divergences = surprisals - reference.surprisals, scores.divergences()
+    return msgspec.structs.replace(
+        row,
+        perplexity_increase=_finite(difference.mean().expm1()),
+        perplexity_increase_error=_finite(difference.mean().exp() * _error_of_mean(difference)),
+        kl_divergence=_finite(divergences.mean().clamp(min=0)),  # rounding may leave less than nothing of a zero
+        kl_divergence_error=_finite(_error_of_mean(divergences)),
+        top1_agreement=scores.top1_agreement(),
+    )
+
+
+def _error_of_mean(values: torch.Tensor) -> torch.Tensor:
+    """Return the standard error of the mean of independent values; not a number when there is only one."""
+    return values.std() / len(values) ** 0.5 if len(values) > 1 else torch.tensor(torch.nan)
+
+
+def _on_host(parts: list[torch.Tensor]) -> torch.Tensor:
+    return torch.cat(parts).to("cpu", torch.float64)
 
 
 def _predictions(
@@ -236,5 +248,5 @@ def _chunk_rows(vocab_size: int) -> int:
     return max(1, _LOGIT_BYTES // (4 * vocab_size))
 
 
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+def _finite(value: torch.Tensor) -> float | None:
+    return float(value) if value.isfinite() else None

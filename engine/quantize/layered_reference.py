@@ -16,7 +16,7 @@ from ..memory import resolve_dtype_name
 from .evaluation import Reference, reference_from
 from .hidden_states import HiddenStates
 from .layer import Layer, Rotary
-from .report import QualityRow
+from .quality import QualityRow
 from .source import SourceModel
 
 

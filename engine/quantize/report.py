@@ -1,7 +1,6 @@
 """What a quantized checkpoint cost, as report.json and report.html beside its weights, and as a table for a terminal.
 
 Owns the shape of the report. Who measures is `evaluation.py` and the run itself. No torch: a server reads reports too.
-Ratios are fractions (0.01 is one percent); a number that was not finite is null, so a gate must refuse null.
 """
 
 from pathlib import Path
@@ -9,6 +8,7 @@ from pathlib import Path
 import msgspec
 
 from ..api import ConfigError
+from .quality import QUALITY_HEAD, Quality, quality_cells
 from .report_page import report_page
 
 REPORT_NAME = "report.json"
@@ -41,25 +41,6 @@ class LayerRow(msgspec.Struct, frozen=True, kw_only=True):
     reason: str | None = None
 
 
-class QualityRow(msgspec.Struct, frozen=True, kw_only=True):
-    """What one combination of weights and KV cache answers, against 16-bit weights with a 16-bit cache."""
-
-    weights: str  # "16-bit" or "4-bit"
-    kv_bits: int
-    perplexity: float | None
-    perplexity_increase: float | None  # perplexity / the 16-bit model's - 1
-    kl_divergence: float | None  # nats a token, of this model's next-token distribution from the 16-bit model's
-    top1_agreement: float | None  # share of tokens whose likeliest next token is the 16-bit model's
-
-
-class Quality(msgspec.Struct, frozen=True, kw_only=True):
-    """What was measured, and on how much text."""
-
-    text: str
-    num_tokens: int
-    rows: list[QualityRow]
-
-
 class PeakMemory(msgspec.Struct, frozen=True, kw_only=True):
     """The most memory that the run took; device is 0 on a CPU."""
 
@@ -83,10 +64,9 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
 
 def write_report(folder: Path, report: Report) -> Path:
     """Write report.json and report.html into a checkpoint's folder; return the path of the first."""
-    values = msgspec.to_builtins(report)
     path = folder / REPORT_NAME
     path.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=1) + b"\n")
-    (folder / PAGE_NAME).write_text(report_page(values), encoding="utf-8")
+    (folder / PAGE_NAME).write_text(report_page(msgspec.to_builtins(report), report.quality), encoding="utf-8")
     return path
 
 
@@ -131,19 +111,8 @@ def report_table(report: Report) -> str:
 
 def quality_table(quality: Quality) -> str:
     """Return the rows of a measurement as a table, with what was measured above it."""
-    head = ("weights", "KV bits", "perplexity", "increase", "KL nats/token", "same top token")
-    rows = [
-        (
-            row.weights,
-            str(row.kv_bits),
-            _number(row.perplexity, ".4f"),
-            _number(row.perplexity_increase, "+.2%"),
-            _scientific(row.kl_divergence),
-            _number(row.top1_agreement, ".2%"),
-        )
-        for row in quality.rows
-    ]
-    return f"measured on {quality.num_tokens} tokens of {quality.text}:\n{aligned([head, *rows])}"
+    table = aligned([QUALITY_HEAD, *map(quality_cells, quality.rows)])
+    return f"measured on {quality.num_tokens} tokens of {quality.text}:\n{table}"
 
 
 def aligned(rows: list[tuple[str, ...]]) -> str:
@@ -166,12 +135,8 @@ def _groups(group_size: int) -> str:
     return "one group a row" if group_size == -1 else f"groups of {group_size}"
 
 
-def _number(value: float | None, form: str) -> str:
-    return "not finite" if value is None else format(value, form)
-
-
 def _scientific(value: float | None) -> str:
-    return _number(value, ".2e")
+    return "not finite" if value is None else f"{value:.2e}"
 
 
 def _size(num_bytes: int) -> str:

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
+from .quality import QUALITY_HEAD, Quality, quality_cells
+
 _STYLE = """
 :root{color-scheme:light dark;--line:#8884;--bar:#3b78c4;--muted:#777}
 body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}
@@ -17,11 +19,9 @@ dl{display:grid;grid-template-columns:max-content 1fr;gap:.2rem 1rem}dt{color:va
 td.heat{font-variant-numeric:tabular-nums;font-size:13px}code{font-size:.95em;overflow-wrap:anywhere}
 """
 
-_QUALITY_HEAD = ("Weights", "KV cache", "Perplexity", "Increase", "KL divergence, nats/token", "Same top token")
 
-
-def report_page(report: Mapping[str, Any]) -> str:
-    """Return the page."""
+def report_page(report: Mapping[str, Any], quality: Quality | None) -> str:
+    """Return the page; `quality` is the report's."""
     kind, size = report["format"], report["size_bytes"]
     groups = "one group a row" if kind["group_size"] == -1 else f"groups of {kind['group_size']}"
     symmetry = "symmetric" if kind["symmetric"] else "asymmetric"
@@ -42,29 +42,18 @@ def report_page(report: Mapping[str, Any]) -> str:
         f'<h1>{escape(name)}</h1><p class="sub">Quantization report, {escape(report["created"])}</p>',
         "<dl>" + "".join(f"<dt>{name}</dt><dd>{value}</dd>" for name, value in facts) + "</dl>",
     ]
-    if report["quality"] is not None:
-        parts += _quality(report["quality"])
+    if quality is not None:
+        parts += _quality(quality)
     if report["layers"]:
         parts += _layers(report["layers"])
     return "\n".join([*parts, "</body></html>", ""])
 
 
-def _quality(quality: Mapping[str, Any]) -> list[str]:
-    rows = [
-        (
-            escape(row["weights"]),
-            f"{row['kv_bits']} bits",
-            _number(row["perplexity"], ".4f"),
-            _number(row["perplexity_increase"], "+.2%"),
-            _number(row["kl_divergence"], ".5f"),
-            _number(row["top1_agreement"], ".2%"),
-        )
-        for row in quality["rows"]
-    ]
+def _quality(quality: Quality) -> list[str]:
     return [
-        f"<h2>Quality</h2><p>On {quality['num_tokens']} tokens of <code>{escape(quality['text'])}</code>, against the "
+        f"<h2>Quality</h2><p>On {quality.num_tokens} tokens of <code>{escape(quality.text)}</code>, against the "
         "16-bit model with a 16-bit KV cache.</p>",
-        _table(_QUALITY_HEAD, (_cells(row) for row in rows)),
+        _table(QUALITY_HEAD, (_cells(map(escape, quality_cells(row))) for row in quality.rows)),
     ]
 
 
@@ -106,10 +95,6 @@ def _table(head: Iterable[str], body: Iterable[str]) -> str:
     names = "".join(f"<th>{escape(name)}</th>" for name in head)
     rows = "".join(f"<tr>{cells}</tr>\n" for cells in body)
     return f"<table><thead><tr>{names}</tr></thead><tbody>\n{rows}</tbody></table>"
-
-
-def _number(value: float | None, form: str) -> str:
-    return "not finite" if value is None else format(value, form)
 
 
 def _size(num_bytes: int) -> str:

@@ -29,7 +29,8 @@ from .layered_reference import layered_reference
 from .options import QuantizeOptions
 from .precision import SCALE_DTYPES, choose_device, compute_dtype, stored_dtype
 from .progress import Progress, ProgressMeter
-from .report import FormatOfWeights, LayerRow, PeakMemory, Quality, Report, SizeBytes, read_report, write_report
+from .quality import Quality
+from .report import FormatOfWeights, LayerRow, PeakMemory, Report, SizeBytes, read_report, write_report
 from .rounding import Rounding
 from .source import SourceModel
 from .text import Encode, EncodeChat, TokenSource, calibration_windows, evaluation_windows, held_out_text, read_text

@@ -1,5 +1,7 @@
 """Perplexity, KL divergence and agreement equal what transformers' forward passes of the same weights give."""
 
+import math
+import statistics
 import weakref
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from lmdserve.engine.api import ConfigError
 from lmdserve.engine.quantize import comparison, evaluation, forward_pass
 from lmdserve.engine.quantize.comparison import compare
 from lmdserve.engine.quantize.evaluation import evaluate
-from lmdserve.engine.quantize.report import QualityRow
+from lmdserve.engine.quantize.quality import QualityRow
 
 CPU = torch.device("cpu")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -64,8 +66,14 @@ def test_the_figures_are_those_of_transformers(case_id: str, tmp_path: Path) -> 
     assert first.perplexity == pytest.approx(perplexity(expected), rel=1e-4)
     assert second.perplexity == pytest.approx(perplexity(said), rel=1e-4)
     assert second.perplexity_increase == pytest.approx(perplexity(said) / perplexity(expected) - 1, abs=1e-4)
-    divergence = (expected.exp() * (expected - said)).sum(-1).mean()
-    assert second.kl_divergence == pytest.approx(float(divergence), rel=1e-3)
+    divergence = (expected.exp() * (expected - said)).sum(-1)
+    assert second.kl_divergence == pytest.approx(float(divergence.mean()), rel=1e-3)
+    assert second.kl_divergence_error == pytest.approx(
+        statistics.stdev(divergence.flatten().tolist()) / 495**0.5, rel=1e-3
+    )
+    difference = (expected - said).gather(-1, WINDOWS[:, 1:, None]).flatten().tolist()
+    error = math.exp(statistics.mean(difference)) * statistics.stdev(difference) / 495**0.5
+    assert second.perplexity_increase_error == pytest.approx(error, rel=1e-3)
     agreed = (expected.argmax(-1) == said.argmax(-1)).double().mean()
     assert 0.1 < agreed < 0.99  # else it would show nothing
     assert second.top1_agreement == pytest.approx(float(agreed), abs=0.005)  # of 495, two may be near a tie
@@ -78,6 +86,7 @@ def test_a_model_does_not_differ_from_itself_but_by_its_cache(tmp_path: Path) ->
     assert rows[:3] == rows[3:]
     same, int8, int4 = rows[:3]
     assert (same.kl_divergence, same.top1_agreement, same.perplexity_increase) == (0.0, 1.0, 0.0)
+    assert (same.kl_divergence_error, same.perplexity_increase_error) == (0.0, 0.0)
     assert int8.kl_divergence is not None
     assert int4.kl_divergence is not None
     assert 0 < int8.kl_divergence < int4.kl_divergence / 20  # steps 17 times as large, and errors go with their square

@@ -8,12 +8,11 @@ import msgspec
 import pytest
 
 from lmdserve.engine.api import ConfigError
+from lmdserve.engine.quantize.quality import Quality, QualityRow
 from lmdserve.engine.quantize.report import (
     FormatOfWeights,
     LayerRow,
     PeakMemory,
-    Quality,
-    QualityRow,
     Report,
     SizeBytes,
     read_report,
@@ -50,6 +49,7 @@ REPORT = Report(
                 perplexity=None,
                 perplexity_increase=None,
                 kl_divergence=0.0421,
+                kl_divergence_error=0.00053,
                 top1_agreement=0.9,
             ),
         ],
@@ -145,7 +145,7 @@ def test_the_table_has_every_number() -> None:
         "token",
     ]
     assert lines[5].split() == ["16-bit", "16", "6.5000", "+0.00%", "0.00e+00", "100.00%"]
-    assert lines[6].split() == ["4-bit", "8", "not", "finite", "not", "finite", "4.21e-02", "90.00%"]
+    assert lines[6].split() == ["4-bit", "8", "not", "finite", "not", "finite", "4.21e-02", "±", "5e-04", "90.00%"]
     assert len({len(line) for line in lines[4:7]}) == 1
     rest = "\n".join(lines[7:])
     assert rest.index("layer 1 attention.wqkv") < rest.index("layer 0 attention.wqkv")
@@ -164,7 +164,7 @@ def test_the_page_holds_the_report_and_fetches_nothing(tmp_path: Path) -> None:
         "tiny-4bit",
         "6.5000",
         "not finite",
-        "0.04210",
+        "4.21e-02 ± 5e-04",
         "90.00%",
         "1.2e-02",
         "weights past the range",

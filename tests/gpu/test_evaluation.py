@@ -10,7 +10,7 @@ import lmdserve
 from lmdserve.engine.quantize.comparison import compare
 from lmdserve.engine.quantize.evaluation import KV_POLICIES, LoadedModel, evaluate
 from lmdserve.engine.quantize.options import QuantizeOptions
-from lmdserve.engine.quantize.report import QualityRow
+from lmdserve.engine.quantize.quality import QualityRow
 from lmdserve.engine.quantize.run import TextSide, quantize
 from lmdserve.engine.quantize.text import evaluation_windows, read_text
 from lmdserve.server.calibration_text import load_encoders

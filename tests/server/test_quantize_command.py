@@ -91,7 +91,7 @@ def test_a_disk_that_fills_up_is_one_line(
     def fill(*arguments: object, **options: object) -> None:
         raise SafetensorError("I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr("lmdserve.engine.quantize.layer_store.save_file", fill)
+    monkeypatch.setattr("lmdserve.engine.atomic_write.save_file", fill)
     arguments = ["demo", "--work-dir", str(tmp_path / "out"), "--calib-samples", "0", "--skip-evaluation", "--resume"]
     assert quantize_command.quantize(arguments) == 1
     assert "No space left on device (os error 28)); what is done is kept" in capsys.readouterr().err
