@@ -59,8 +59,11 @@ class TokenConstraint(Protocol):
     def must_end(self) -> bool:
         """Whether only tokens may come next that end the sequence."""
 
-    def mask(self) -> bytes | None:
-        """Return the tokens that may come next, bit i of the bytes being token i, in words of 32; None: any."""
+    def mask(self) -> bytes | bytearray | None:
+        """Return the tokens that may come next, bit i of the bytes being token i, in words of 32; None: any.
+
+        The next call may overwrite what it returns.
+        """
 
     def accept(self, token_id: int) -> None:
         """Take the token that was sampled under the last mask."""
@@ -205,7 +208,7 @@ class ContextTooLongError(InvalidRequestError):
 
     def __init__(self, num_prompt_tokens: int, session_len: int) -> None:
         super().__init__(
-            f"the prompt has {num_prompt_tokens} tokens, and this model's context length is {session_len} tokens "
+            f"the prompt has {num_prompt_tokens} tokens, and this model's maximum context length is {session_len} tokens "
             "for prompt and answer together; shorten the prompt",
             param="messages",
         )

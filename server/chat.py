@@ -117,8 +117,10 @@ class ChatRenderer:
         """Return the prompt as text, for people: real and typed control tokens look alike in it."""
         return "".join(self._segments(messages, **options))
 
-    def prepare(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> Prompt:
-        """Return the whole prompt; ChatTemplateError names what cannot be rendered.
+    def prepare(
+        self, messages: Sequence[Mapping[str, Any]], *, max_tokens: int | None = None, **options: Any
+    ) -> Prompt:
+        """Return the whole prompt; ChatTemplateError names what cannot be rendered, TextTooLongError what is too long.
 
         The options are `tools`; `continue_final_message`, which leaves the last message, an assistant's, open for the
         model to go on with it; `add_generation_prompt`, by default true, which otherwise opens a new assistant turn;
@@ -130,7 +132,7 @@ class ChatRenderer:
         continued = template_messages(messages[-1:], knows_environment=True)[0]["content"] if is_continued else ""
         return Prompt(
             text="".join(segments),
-            token_ids=self._tokenizer.encode_segments(segments),
+            token_ids=self._tokenizer.encode_segments(segments, max_tokens=max_tokens),
             opens_in_reasoning=self.reasoning_format is not None and _ends_in_reasoning(segments, continued),
         )
 

@@ -21,10 +21,11 @@ from lmdserve.tools.schema import ToolSchemaError, normalize_tools
 
 from .chat import ChatTemplateError, Prompt
 from .choices import ChoicePlan
-from .errors import BadRequestError, ModelNotFoundError, UnsupportedFieldError
+from .errors import BadRequestError, ContextLengthExceededError, ModelNotFoundError, UnsupportedFieldError
 from .model import ServedModel
 from .output_rules import OutputRules, ToolOffer
 from .protocol import ChatRequest, CompletionRequest, SamplingFields
+from .text import TextTooLongError
 from .tool_choice import ToolChoice, check_names, read_tool_choice
 
 INLINE_PROMPT_CHARS = 2000  # about 0.5 ms to render and tokenize; more goes to a thread, off the event loop
@@ -130,6 +131,7 @@ class Planner:
         def render() -> Prompt:
             return renderer.prepare(
                 messages,
+                max_tokens=self.info.session_len,
                 tools=tools,
                 add_generation_prompt=request.add_generation_prompt is not False,
                 continue_final_message=bool(request.continue_final_message),
@@ -141,18 +143,35 @@ class Planner:
         except ChatTemplateError as error:
             message = str(error) if error.param in str(error) else f"{error.param}: {error}"
             raise BadRequestError(message, param=error.param) from error
+        except TextTooLongError as error:
+            raise self._too_long("messages", error) from error
 
     async def _tokenize(self, param: str, prompt: str | list[int]) -> list[int]:
         if isinstance(prompt, str):
-            prompt_token_ids = await self._off_loop_if_long(
-                prompt, lambda: self.model.tokenizer.encode(prompt, add_bos=True)
-            )
+            prompt_token_ids = await self._encode(param, prompt)
         else:
             self._check_token_ids(param, prompt)
             prompt_token_ids = prompt
         if not prompt_token_ids:
             raise BadRequestError(f"{param} is empty; send at least one token", param=param)
         return prompt_token_ids
+
+    async def _encode(self, param: str, prompt: str) -> list[int]:
+        def encode() -> list[int]:
+            return self.model.tokenizer.encode(prompt, add_bos=True, max_tokens=self.info.session_len)
+
+        try:
+            return await self._off_loop_if_long(prompt, encode)
+        except TextTooLongError as error:
+            raise self._too_long(param, error) from error
+
+    def _too_long(self, param: str, error: TextTooLongError) -> ContextLengthExceededError:
+        return ContextLengthExceededError(
+            f"the prompt has {error.num_chars} characters, and this model's maximum context length is "
+            f"{self.info.session_len} tokens for prompt and answer together, which cannot hold as many; shorten the "
+            "prompt",
+            param=param,
+        )
 
     async def _tools(self, request: ChatRequest) -> list[dict[str, Any]]:
         return await self._off_loop_if_long(request.tools, lambda: _tools(request))

@@ -157,3 +157,20 @@ async def test_an_error_about_the_prompt_is_called_by_this_routes_name(
     with pytest.raises(openai.BadRequestError, match=r"5000 tokens.*context length is 4096") as caught:
         await client.completions.create(model="toy", prompt="x")
     assert (caught.value.param, caught.value.code) == ("prompt", "context_length_exceeded")
+
+
+@pytest.mark.parametrize("route", ["chat", "completions"])
+async def test_a_prompt_that_cannot_fit_is_refused_without_being_tokenized(
+    client: openai.AsyncOpenAI, engine: FakeEngine, route: str
+) -> None:
+    """16 MB of text took 20 s to tokenize, only to be refused by the engine."""
+    text = "x" * 2_000_000
+    if route == "chat":
+        reply = client.chat.completions.create(model="toy", messages=[{"role": "user", "content": text}])
+    else:
+        reply = client.completions.create(model="toy", prompt=text)
+    with pytest.raises(openai.BadRequestError, match=r"2\d{6} characters.*maximum context length is \d+") as caught:
+        await reply
+    assert caught.value.code == "context_length_exceeded"
+    assert caught.value.param == ("messages" if route == "chat" else "prompt")
+    assert not engine.requests

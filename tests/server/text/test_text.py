@@ -5,6 +5,7 @@ References: recorded ids of InternLM2's tokenizer, and the `tokenizers` library 
 
 import json
 import random
+import threading
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -16,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lmdserve.engine.api import ConfigError
-from lmdserve.server.text import IncrementalDecoder, Tokenizer
+from lmdserve.server.text import IncrementalDecoder, TextTooLongError, Tokenizer
 from lmdserve.tools.api import ControlToken
 
 CHATML = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -209,6 +210,37 @@ def test_without_control_tokens_everything_is_text(write_tokenizer_json: WriteTo
 
 def test_lone_surrogates_are_replaced(tokenizer: Tokenizer) -> None:
     assert tokenizer.encode("a\ud800b") == tokenizer.encode("a\ufffdb")
+
+
+def test_encoding_a_long_text_lets_other_threads_run(tokenizer: Tokenizer) -> None:
+    """The library's `encode` holds the GIL: 1 MB of text kept every stream waiting for most of a second."""
+    text = "The quick brown fox jumps over the lazy dog. " * 8000
+    ticks = 0
+    is_over = threading.Event()
+
+    def tick() -> None:
+        nonlocal ticks
+        while not is_over.wait(0.001):
+            ticks += 1
+
+    ticker = threading.Thread(target=tick)
+    ticker.start()
+    before = ticks
+    tokenizer.encode(text)
+    during = ticks - before
+    is_over.set()
+    ticker.join()
+    assert during >= 5  # with the GIL held, 0 or 1
+
+
+def test_text_that_cannot_fit_is_not_encoded(tokenizer: Tokenizer) -> None:
+    longest = max(len(tokenizer.token_bytes(token_id)) for token_id in range(tokenizer.vocab_size))
+    assert tokenizer.encode("a" * 3 * longest, max_tokens=3)
+    with pytest.raises(TextTooLongError) as refusal:
+        tokenizer.encode("a" * (3 * longest + 1), max_tokens=3)
+    assert refusal.value.num_chars == 3 * longest + 1
+    with pytest.raises(TextTooLongError):
+        tokenizer.encode_segments(["a" * 3 * longest, "a"], max_tokens=3)
 
 
 # --- single tokens ---
