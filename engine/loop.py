@@ -57,6 +57,10 @@ class FinishRate:
         """Count a finished request."""
         self._finished_at_s.append(now_s)
 
+    def skip(self, seconds: float) -> None:
+        """Leave time out in which there was nothing to finish."""
+        self._finished_at_s = deque((at_s + seconds for at_s in self._finished_at_s), maxlen=FINISH_WINDOW)
+
     def seconds_per_request(self, now_s: float) -> float:
         """Return the mean time from one finish to the next; time without any since the last one counts."""
         if len(self._finished_at_s) < 2:
@@ -231,7 +235,8 @@ class AsyncEngine:
         if self._is_idle:
             self._is_idle = False
             self._is_first_step = True
-            self._beat_s = time.monotonic()
+            previous_s, self._beat_s = self._beat_s, time.monotonic()
+            self._finish_rate.skip(self._beat_s - previous_s)
         return True
 
     def _is_busy(self) -> bool:

@@ -5,6 +5,7 @@ import random
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -259,6 +260,25 @@ def test_the_estimate_is_the_mean_time_between_finishes() -> None:
         rate.record(now_s)
     assert rate.seconds_per_request(104.0) == pytest.approx(2.0)
     assert rate.seconds_per_request(144.0) == pytest.approx(22.0), "a stall makes the wait longer"
+
+
+async def test_the_estimate_leaves_out_the_time_without_requests(
+    build_fake_engine: BuildEngine, fake_model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A burst after a quiet night was told to come back in minutes: the night counted as time between two finishes."""
+    async with _running(build_fake_engine(max_batch_size=1, max_queue_size=1)) as engine:
+        for uid in ("a", "b"):
+            await _tokens(engine, _request(uid, [1]))
+        await _until(lambda: engine._is_idle)
+        monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: time.monotonic() + 36_000.0))
+        fake_model.gate.clear()
+        tasks = [asyncio.create_task(_tokens(engine, _request(f"r{n}", [n]))) for n in range(2)]
+        await _until(lambda: engine.stats().num_running == 1)
+        with pytest.raises(QueueFullError) as refusal:
+            await _chunks(engine, _request("one too many", [9]))
+        fake_model.gate.set()
+        await asyncio.gather(*tasks)
+    assert refusal.value.retry_after_s < 60.0
 
 
 async def test_closing_the_iterator_frees_the_blocks_with_the_steps_in_flight(
