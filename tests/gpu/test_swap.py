@@ -5,13 +5,12 @@ answer alone, whatever was swapped or computed beside it.
 """
 
 import asyncio
-import gc
 import json
 import shutil
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import aiohttp
 import pytest
@@ -23,6 +22,7 @@ from lmdserve.engine.config import EngineConfig
 from lmdserve.server.app import build, listening
 from lmdserve.server.config import ServerConfig
 from lmdserve.server.loading import EngineLoader
+from lmdserve.server.services import SERVICES
 
 pytestmark = [
     pytest.mark.gpu,
@@ -54,6 +54,8 @@ async def server_of(models_dir: Path, model: str) -> AsyncIterator[AdminServer]:
     app = build(*loader.load_first(), config, loader=loader)
     async with listening(app, config) as url, aiohttp.ClientSession() as session:
         yield AdminServer(url, session, app, loader)
+    for serving in app[SERVICES].servings.live:
+        serving.engine.release()
 
 
 async def answer(server: AdminServer, index: int) -> str:
@@ -73,28 +75,33 @@ async def answers(server: AdminServer) -> list[str]:
     return [await answer(server, index) for index in range(NUM_CLIENTS)]
 
 
-async def answers_of(models_dir: Path, model: str) -> list[str]:
-    """Return what these weights answer in a server that knows no others, one question at a time."""
+class Alone(NamedTuple):
+    """A checkpoint in a server that knows no others."""
+
+    answers: list[str]  # one question at a time
+    num_bytes: int
+
+
+async def serve_alone(models_dir: Path, model: str) -> Alone:
+    before_bytes = torch.cuda.memory_allocated()
     async with server_of(models_dir, model) as server:
-        return await answers(server)
+        said = await answers(server)
+        return Alone(said, torch.cuda.memory_allocated() - before_bytes)
 
 
 @pytest.fixture(scope="module")
-def expected(models_dir: Path) -> dict[str, list[str]]:
-    """The answers of each checkpoint."""
-    return {model: asyncio.run(answers_of(models_dir, model)) for model in ("fp16", "awq")}
+def alone(models_dir: Path) -> dict[str, Alone]:
+    return {model: asyncio.run(serve_alone(models_dir, model)) for model in ("fp16", "awq")}
 
 
 @pytest.mark.parametrize("how", ["beside", "drain"])
 def test_streams_go_on_through_a_swap_and_back(
-    models_dir: Path, expected: dict[str, list[str]], how: Literal["beside", "drain"]
+    models_dir: Path, alone: dict[str, Alone], how: Literal["beside", "drain"]
 ) -> None:
-    asyncio.run(swap_and_roll_back(models_dir, how, by_fp16=expected["fp16"], by_awq=expected["awq"]))
+    asyncio.run(swap_and_roll_back(models_dir, how, fp16=alone["fp16"], awq=alone["awq"]))
 
 
-async def swap_and_roll_back(
-    models_dir: Path, how: Literal["beside", "drain"], *, by_fp16: list[str], by_awq: list[str]
-) -> None:
+async def swap_and_roll_back(models_dir: Path, how: Literal["beside", "drain"], *, fp16: Alone, awq: Alone) -> None:
     streamed: list[tuple[int, str]] = []
     is_over = asyncio.Event()
 
@@ -102,23 +109,22 @@ async def swap_and_roll_back(
         while not is_over.is_set():
             streamed.append((index, await answer(server, index)))
 
-    gc.collect()  # engines of servers that have ended
     before_bytes = torch.cuda.memory_allocated()
     async with server_of(models_dir, "fp16") as server, asyncio.TaskGroup() as streams:
-        fp16_bytes = torch.cuda.memory_allocated() - before_bytes
         for index in range(NUM_CLIENTS):
             streams.create_task(stream_on(server, index))
         await asyncio.sleep(0.5)
         job = await server.order("/admin/models/swap", model="awq", how=how)
         assert (job["status"], job["plan"]["how"]) == ("done", how), job["error"]
-        assert await answers(server) == by_awq
-        assert torch.cuda.memory_allocated() - before_bytes < fp16_bytes
+        assert await answers(server) == awq.answers
+        assert torch.cuda.memory_allocated() - before_bytes == pytest.approx(awq.num_bytes, abs=MIB)
         _, models = await server.ask("GET", "/admin/models")
         assert sum(models["current"]["planned_bytes"].values()) == job["plan"]["after_bytes"]
         job = await server.order("/admin/models/rollback", how=how)
         assert job["status"] == "done", job["error"]
-        assert await answers(server) == by_fp16
-        assert torch.cuda.memory_allocated() - before_bytes == pytest.approx(fp16_bytes, abs=MIB)
+        assert await answers(server) == fp16.answers
+        assert torch.cuda.memory_allocated() - before_bytes == pytest.approx(fp16.num_bytes, abs=MIB)
         is_over.set()
-    assert [text for index, text in streamed if text not in (by_fp16[index], by_awq[index])] == []
-    assert any(text == by_awq[index] != by_fp16[index] for index, text in streamed)
+    assert [text for index, text in streamed if text not in (fp16.answers[index], awq.answers[index])] == []
+    assert any(text == awq.answers[index] != fp16.answers[index] for index, text in streamed)
+    assert torch.cuda.memory_allocated() - before_bytes < MIB
