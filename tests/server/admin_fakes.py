@@ -3,7 +3,7 @@
 import json
 import sys
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -130,12 +130,18 @@ def report(*, kl: float | None, increase: float | None, kv_bits: int = 16) -> st
 
 @asynccontextmanager
 async def admin_server(
-    engine: FakeEngine, model: ServedModel, models_dir: Path, loader: FakeLoader | None = None, **options: Any
+    engine: FakeEngine,
+    model: ServedModel,
+    models_dir: Path,
+    loader: FakeLoader | None = None,
+    *,
+    worker_command: Sequence[str] = FAKE_WORKER,
+    **options: Any,
 ) -> AsyncIterator[AdminServer]:
     """Serve, with orders open to this machine unless `options` say otherwise."""
     options = {"admin": True, "models_dir": str(models_dir)} | options
     config = ServerConfig(server_port=0, **options)
     loader = loader or FakeLoader(model.folder)
-    app = build(engine, model, config, loader=loader, worker_command=FAKE_WORKER)
+    app = build(engine, model, config, loader=loader, worker_command=worker_command)
     async with listening(app, config) as url, aiohttp.ClientSession() as session:
         yield AdminServer(url, session, app, loader)
