@@ -13,7 +13,8 @@ from pathlib import Path
 from .api import ConfigError
 
 _DEMO_NAME = "demo"
-_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
+_HUB_TIMEOUT_S = 10.0  # for the first answer; a machine without network learns at once, its cache then serves
 _WEIGHT_PATTERNS = ("*.safetensors", "*.bin")  # the first kind that a model has
 _METADATA_PATTERNS = ["*.json", "*.model", "*.jinja", "*.txt"]
 
@@ -53,11 +54,13 @@ def _demo_folder() -> Path:
 
 
 def _download(name: str, revision: str | None, weight_patterns: Sequence[str]) -> Path:
-    from huggingface_hub import list_repo_files, snapshot_download
+    from huggingface_hub import model_info, snapshot_download
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
     try:
-        files = list_repo_files(name, revision=revision)
+        # Not `list_repo_files`, which tries for 30 s to reach a hub that is not there.
+        siblings = model_info(name, revision=revision, timeout=_HUB_TIMEOUT_S).siblings or []
+        files = [sibling.rfilename for sibling in siblings]
         weights = [pattern for pattern in weight_patterns if fnmatch.filter(files, pattern)][:1]
         return Path(snapshot_download(name, revision=revision, allow_patterns=[*_METADATA_PATTERNS, *weights]))
     except GatedRepoError:

@@ -4,6 +4,7 @@ import json
 import pickle
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import MagicMock
 
@@ -186,8 +187,9 @@ def test_local_folders_resolve_to_themselves(tmp_path: Path) -> None:
     file.touch()
     with pytest.raises(ConfigError, match="is a file"):
         resolve_model_folder(str(file), None)
-    with pytest.raises(ConfigError, match="no local folder and no hub name"):
-        resolve_model_folder(str(tmp_path / "nothing" / "here"), None)
+    for missing in (str(tmp_path / "nothing" / "here"), "./nothing", "../nothing"):
+        with pytest.raises(ConfigError, match="no local folder and no hub name"):
+            resolve_model_folder(missing, None)
 
 
 def test_demo_is_the_packages_own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,8 +214,8 @@ class FakeHub:
         self.patterns: list[str] | None = None
         self.revisions: list[str | None] = []
 
-    def list_repo_files(self, name: str, *, revision: str | None) -> list[str]:
-        return self.files
+    def model_info(self, name: str, *, revision: str | None, timeout: float) -> SimpleNamespace:
+        return SimpleNamespace(siblings=[SimpleNamespace(rfilename=file) for file in self.files])
 
     def snapshot_download(self, name: str, *, revision: str | None, **options: Any) -> str:
         self.revisions.append(revision)
@@ -225,7 +227,7 @@ class FakeHub:
         return str(self.folder)
 
     def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(huggingface_hub, "list_repo_files", self.list_repo_files)
+        monkeypatch.setattr(huggingface_hub, "model_info", self.model_info)
         monkeypatch.setattr(huggingface_hub, "snapshot_download", self.snapshot_download)
 
 
@@ -252,7 +254,7 @@ def test_hub_names_download_one_kind_of_weights(
 def test_a_cached_model_needs_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hub = FakeHub(tmp_path, [], is_cached=True)
     hub.install(monkeypatch)
-    monkeypatch.setattr(huggingface_hub, "list_repo_files", MagicMock(side_effect=ConnectionError("offline")))
+    monkeypatch.setattr(huggingface_hub, "model_info", MagicMock(side_effect=ConnectionError("offline")))
     assert resolve_model_folder("internlm/internlm2_5-1_8b-chat", None) == tmp_path
     assert hub.patterns is None
 
@@ -263,14 +265,14 @@ def test_what_the_hub_refuses_is_said(tmp_path: Path, monkeypatch: pytest.Monkey
     def missing(*_: Any, **__: Any) -> list[str]:
         raise RepositoryNotFoundError("404", response=MagicMock())
 
-    monkeypatch.setattr(huggingface_hub, "list_repo_files", missing)
+    monkeypatch.setattr(huggingface_hub, "model_info", missing)
     with pytest.raises(ConfigError, match="no such model; check the name"):
         resolve_model_folder("nobody/nothing", None)
 
     def offline(*_: Any, **__: Any) -> list[str]:
         raise ConnectionError("name resolution failed\nand more")
 
-    monkeypatch.setattr(huggingface_hub, "list_repo_files", offline)
+    monkeypatch.setattr(huggingface_hub, "model_info", offline)
     with pytest.raises(ConfigError, match=r"name resolution failed.*check the network") as raised:
         resolve_model_folder("nobody/nothing", None)
     assert "\n" not in str(raised.value)
