@@ -14,8 +14,9 @@ from pathlib import Path
 
 from aiohttp import web
 
-from lmdserve.engine.api import ConfigError, Engine
+from lmdserve.engine.api import Engine
 
+from .address import cannot_listen
 from .admin import make_admin
 from .auth import AdminDoor, KeyRing
 from .config import ServerConfig, check_admin
@@ -78,8 +79,8 @@ async def serve(app: web.Application, config: ServerConfig, *, on_listening: Cal
 
     `on_listening` gets the bound URL. A second signal ends the wait for running requests at once.
     """
-    async with listening(app, config) as url:
-        with _stop_signals() as signals:
+    with _stop_signals() as signals:  # also while connections close: an impatient Ctrl-C cuts nothing short
+        async with listening(app, config) as url:
             on_listening(url)
             name = await signals.get()
             await _drain(app[SERVICES], name, signals)
@@ -103,11 +104,8 @@ async def listening(app: web.Application, config: ServerConfig) -> AsyncIterator
 async def _bind(runner: web.AppRunner, config: ServerConfig) -> None:
     try:
         await web.TCPSite(runner, config.server_name, config.server_port).start()
-    except (OSError, OverflowError) as error:
-        raise ConfigError(
-            f"cannot listen on {config.server_name} port {config.server_port} ({error}); "
-            "choose another with --server-name and --server-port (0 picks a free port)"
-        ) from error
+    except OSError as error:
+        raise cannot_listen(config.server_name, config.server_port, error) from error
 
 
 async def _run_engine(app: web.Application) -> AsyncGenerator[None, None]:
@@ -138,14 +136,17 @@ async def _drain(services: Services, signal_name: str, signals: "asyncio.Queue[s
     """Refuse new requests and wait for the running ones: to their end, the time limit, or the next signal."""
     lifecycle, timeout_s = services.lifecycle, services.config.shutdown_timeout
     lifecycle.phase = Phase.DRAINING
-    logger.info("%s: %d running requests get up to %g s to finish", signal_name, lifecycle.num_working, timeout_s)
+    if not lifecycle.num_working:
+        logger.info("%s: stopping", signal_name)
+        return
+    logger.info("%s: running requests (%d) get up to %g s to end", signal_name, lifecycle.num_working, timeout_s)
     waits = {asyncio.create_task(lifecycle.wait_until_idle()), asyncio.create_task(signals.get())}
     await asyncio.wait(waits, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
     for wait in waits:
         wait.cancel()
     await asyncio.gather(*waits, return_exceptions=True)
     if lifecycle.num_working:
-        logger.warning("stopping with %d requests unfinished", lifecycle.num_working)
+        logger.warning("stopping with requests unfinished (%d)", lifecycle.num_working)
 
 
 @contextmanager

@@ -10,15 +10,18 @@ import gc
 import logging
 import os
 import secrets
+import signal
 import sys
 import threading
-from collections.abc import Callable, Collection, Coroutine, Sequence
+from collections.abc import Callable, Collection, Coroutine, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from lmdserve import __version__
 from lmdserve.engine.api import ENGINE_THREAD_PREFIX, ConfigError, Engine
 from lmdserve.engine.config import ByteCount, EngineConfig
 
+from .address import check_address
 from .config import ServerConfig, check_admin
 from .loading import EngineLoader
 from .options import OptionParser, add_options, read_options, reader, suggestion
@@ -65,12 +68,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def serve(arguments: Sequence[str]) -> int:
     """`lmdserve [serve]`: load the model, listen, and stop cleanly on SIGTERM or Ctrl-C."""
+    if arguments[:1] == ["api_server"]:  # LMDeploy's spelling: `serve api_server M`
+        arguments = arguments[1:]
     parser = OptionParser(prog="lmdserve", usage=OVERVIEW.removeprefix("usage: ").rstrip())
     engine_config, server_config, _ = _parse(parser, arguments, log_level="INFO")
     server_config = _with_keys_from_environment(server_config)
     check_admin(server_config)
+    check_address(server_config.server_name, server_config.server_port)
     loader = EngineLoader(engine_config, server_config)
-    engine, model = loader.load_first()
+    with _ended_at_once():
+        engine, model = loader.load_first()
 
     from .app import build
     from .app import serve as run_app
@@ -111,7 +118,8 @@ def chat(arguments: Sequence[str]) -> int:
         server_config, server_name="127.0.0.1", server_port=0, api_keys=(secrets.token_urlsafe(),), shutdown_timeout=1.0
     )
     message = piped_message()
-    engine, model = EngineLoader(engine_config, server_config).load_first()
+    with _ended_at_once():
+        engine, model = EngineLoader(engine_config, server_config).load_first()
     return _run(_chat(engine, model, server_config, repl_options, message))
 
 
@@ -207,6 +215,20 @@ def _parse(
     return engine_config, server_config, namespace
 
 
+@contextmanager
+def _ended_at_once() -> Iterator[None]:
+    """Let Ctrl-C end the process at once while the context lasts, as SIGTERM does.
+
+    Nothing is there yet that would have to be tidied up, and a KeyboardInterrupt inside of torch's imports comes out as
+    an ImportError, or late.
+    """
+    previous = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
 def _with_keys_from_environment(config: ServerConfig) -> ServerConfig:
     api_keys = _joined(config.api_keys, "LMDSERVE_API_KEYS")
     return dataclasses.replace(config, api_keys=api_keys, admin_keys=_joined(config.admin_keys, "LMDSERVE_ADMIN_KEYS"))
@@ -222,6 +244,7 @@ def _run(main_task: Coroutine[Any, Any, int]) -> int:
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         status = runner.run(main_task)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # all has ended; one more Ctrl-C would only spoil the exit status
     if any(thread.name.startswith(ENGINE_THREAD_PREFIX) for thread in threading.enumerate()):
         # A step that hangs cannot be interrupted, and the interpreter would wait for its thread for ever.
         sys.stdout.flush()

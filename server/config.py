@@ -1,12 +1,15 @@
 """The server's options, each with its name, default and help in one place. No torch and no aiohttp here."""
 
 import ipaddress
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from lmdserve.engine.api import ConfigError
 from lmdserve.engine.config import check_bounds, option
+
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s]+", re.IGNORECASE)
 
 LogLevel = Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"]
 
@@ -38,6 +41,17 @@ class ServerConfig:
 
     def __post_init__(self) -> None:
         check_bounds(self)
+        if not self.server_name:
+            raise ConfigError("--server-name is empty, which would mean every address; 0.0.0.0 says so")
+        for name, keys in (("--api-keys", self.api_keys), ("--admin-keys", self.admin_keys)):
+            if any(not key or key.split() != [key] for key in keys):
+                raise ConfigError(f"{name} has a key that is empty or has a space in it; clients cannot send that")
+        for origin in self.allow_origins:
+            if origin != "*" and not _ORIGIN.fullmatch(origin):
+                raise ConfigError(
+                    f"--allow-origins {origin}: an origin is a scheme and a host, such as https://example.com or "
+                    "http://localhost:3000, with nothing behind"
+                )
 
     @property
     def is_admin_open(self) -> bool:

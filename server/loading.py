@@ -17,6 +17,7 @@ from lmdserve.engine.config import EngineConfig
 from lmdserve.engine.torch_setup import begin_cuda_context, prepare_torch
 
 from .config import ServerConfig
+from .templates import read_template
 
 if TYPE_CHECKING:
     from .model import ServedModel
@@ -43,8 +44,10 @@ class EngineLoader:
         The text side and the modules of the HTTP side, which do without torch, are loaded on a thread beside the
         weights.
         """
-        prepare_torch()
         config = self._engine_config
+        if self._server_config.chat_template is not None:
+            read_template(Path(self._server_config.chat_template))  # before the weights, which may take minutes
+        prepare_torch()
         if config.device != "cpu":
             begin_cuda_context()
         from lmdserve.engine.model_folder import resolve_model_folder

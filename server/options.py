@@ -1,7 +1,7 @@
 """Command-line options from the fields of the option dataclasses: their names, defaults and help exist only there.
 
 A field `quant_policy: Literal[0, 4, 8] = option(0, "...")` becomes `--quant-policy {0,4,8}`; underscores in an option's
-name are read as dashes; an unknown option or value names the nearest known one.
+name are read as dashes; an unknown option or value names the nearest known one, another server's option ours.
 """
 
 import argparse
@@ -10,6 +10,8 @@ import difflib
 import types
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from .foreign_options import NEEDLESS, OUR_NAMES
 
 Config = TypeVar("Config")
 
@@ -34,6 +36,10 @@ class OptionParser(argparse.ArgumentParser):
         if not argument.startswith("-"):
             return f"unexpected argument {argument!r}; see {self.prog} --help"
         name = argument.split("=", 1)[0]
+        if OUR_NAMES.get(name) in self._option_string_actions:
+            return f"unknown option {name}: here it is {OUR_NAMES[name]}; see {self.prog} --help"
+        if name in NEEDLESS and "--session-len" in self._option_string_actions:
+            return f"unknown option {name}: {NEEDLESS[name]}; leave it out"
         return f"unknown option {name}{suggestion(name, self._option_string_actions)}; see {self.prog} --help"
 
 

@@ -1,6 +1,8 @@
 """The command line: options come from the dataclasses, errors are one sentence, and `--help` loads nothing heavy."""
 
 import dataclasses
+import signal
+import socket
 import subprocess
 import sys
 from typing import Literal
@@ -11,6 +13,7 @@ from lmdserve.engine.api import ConfigError
 from lmdserve.engine.config import EngineConfig, option
 from lmdserve.server import cli
 from lmdserve.server.config import ServerConfig
+from lmdserve.server.foreign_options import NEEDLESS, OUR_NAMES
 from lmdserve.server.options import OptionParser, add_options, read_options
 
 LMDEPLOY_OPTIONS = """
@@ -70,6 +73,15 @@ def test_underscores_are_read_as_dashes_in_names_but_not_in_values() -> None:
         (["--session-len", "many"], ["--session-len", "many"]),
         (["srve"], ["srve", "serve"]),
         (["--model", "/no/such/folder"], ["/no/such/folder"]),
+        (["--host", "0.0.0.0"], ["unknown option --host: here it is --server-name"]),
+        (["--max-model-len=4096"], ["unknown option --max-model-len: here it is --session-len"]),
+        (["--trust-remote-code"], ["--trust-remote-code: no code of a checkpoint is run; leave it out"]),
+        (["bench", "--trust-remote-code"], ["unknown option --trust-remote-code", "bench --help"]),
+        (["serve", "api_server", "/no/such/folder"], ["/no/such/folder"]),
+        (["--server-name", "no.such.host.invalid"], ["cannot listen on no.such.host.invalid", "--server-name"]),
+        (["--chat-template", "/no/such/file"], ["/no/such/file", "--chat-template"]),
+        (["--api-keys", ""], ["--api-keys has a key that is empty"]),
+        (["--allow-origins", "example.com"], ["--allow-origins example.com", "https://example.com"]),
     ],
 )
 def test_a_mistake_is_one_sentence_and_status_2(arguments: list[str], words: list[str]) -> None:
@@ -79,6 +91,40 @@ def test_a_mistake_is_one_sentence_and_status_2(arguments: list[str], words: lis
     assert len(result.stderr.strip().splitlines()) == 1
     for word in words:
         assert word in result.stderr
+
+
+def test_a_taken_port_is_noticed_before_a_model_is_loaded() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        result = run("--model", "/no/such/folder", "--server-port", str(port))
+    assert (result.returncode, result.stdout) == (2, "")
+    assert f"cannot listen on 127.0.0.1 port {port} (Address already in use)" in result.stderr
+
+
+def test_options_of_other_servers_lead_to_options_of_ours() -> None:
+    parser = OptionParser(prog="lmdserve")
+    for config_type in (EngineConfig, ServerConfig):
+        add_options(parser, config_type, title="all")
+    ours = set(parser._option_string_actions)
+    assert set(OUR_NAMES.values()) <= ours
+    assert not (OUR_NAMES.keys() | NEEDLESS.keys()) & ours
+
+
+def test_ctrl_c_while_a_model_is_loaded_ends_the_process_without_a_word() -> None:
+    """Inside of torch's imports it came out as an ImportError with a long traceback."""
+    program = (
+        "import os, signal\n"
+        "from lmdserve.server import cli\n"
+        "def load(loader):\n"
+        "    try:\n"
+        "        os.kill(os.getpid(), signal.SIGINT)\n"
+        "    except BaseException as error:\n"
+        "        raise ImportError from error\n"
+        "cli.EngineLoader.load_first = load\n"
+        "raise SystemExit(cli.main(['--server-port', '0']))"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert (result.returncode, result.stderr) == (-signal.SIGINT, "")
 
 
 def test_help_names_every_option_users_of_lmdeploy_type() -> None:

@@ -137,6 +137,26 @@ async def test_an_idle_server_stops_at_once(engine: FakeEngine, model: ServedMod
     assert time.perf_counter() - began < 0.5
 
 
+async def test_ctrl_c_again_while_the_server_stops_does_not_cut_that_short(
+    engine: FakeEngine, model: ServedModel
+) -> None:
+    """Nobody listened for signals any more: the second one came as a KeyboardInterrupt out of the clean-up."""
+    stop = engine.stop
+
+    async def stop_slowly(timeout_s: float) -> None:
+        await asyncio.sleep(0.1)
+        await stop(timeout_s)
+
+    engine.stop = stop_slowly  # type: ignore[method-assign]
+    serving = Serving(engine, model)
+    await serving.url()
+    await serving.signal(signal.SIGINT)
+    assert engine.stopped_after_s == []
+    await serving.signal(signal.SIGINT)
+    assert await serving.exit_status() == 0
+    assert engine.stopped_after_s == [0.0]
+
+
 @pytest.mark.parametrize("ends_by", ["timeout", "second signal"])
 async def test_what_does_not_finish_in_time_ends_with_an_error_event(
     engine: FakeEngine, model: ServedModel, ends_by: str
