@@ -2,8 +2,9 @@
 
 `python benchmarks/grammar.py TOKENIZER_FOLDER`. Replies are drawn at random from the masks, token by token, as an
 engine with a model of random weights would. Compiling, masks and forced tokens are timed on one thread. A step is what
-the engine does between two of its own: take every sequence's token, find out what is forced, compute the next masks, on
-a thread of its own that has others help it; meanwhile an event loop notes how late it comes to a timer.
+the engine does between two of its own, until all is known: take every sequence's token, find out what is forced,
+compute the next masks. Late are masks that the engine would not wait for. Meanwhile an event loop notes how late it
+comes to a timer, with the engine's switch interval.
 """
 
 import argparse
@@ -20,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "server"))
 from schema_samples import WRITTEN, random_schema, tool
 
 from lmdserve.engine.constraints import ConstraintState, MaskThreads
+from lmdserve.engine.loop import GIL_SWITCH_INTERVAL_S
 from lmdserve.server.text import Tokenizer
 from lmdserve.tools.call_grammar import CallGrammar
 from lmdserve.tools.call_syntax import CallSyntax
@@ -40,6 +42,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="with tokenizer.json or tokenizer.model, and config.json")
     parser.add_argument("--num-toolboxes", type=int, default=200, help="each of one to four tools")
     options = parser.parse_args()
+    sys.setswitchinterval(GIL_SWITCH_INTERVAL_S)
     tokenizer = Tokenizer.load(options.folder)
     vocabulary = vocabulary_of(tokenizer)
     begun = time.perf_counter()
@@ -58,11 +61,18 @@ def main() -> None:
     _print_row("later masks, us", [token.mask_s for reply in times for token in reply[1:]], 1e6)
     _print_row("forced tokens, us", [token.forced_s for reply in times for token in reply[1:]], 1e6)
     _print_row("accept, us", [token.accept_s for reply in times for token in reply], 1e6)
+    notes = []
     for size in BATCH_SIZES:
-        steps_s, held_s = asyncio.run(_step_all(all_rules, size))
-        _print_row(f"step of {size}, us", steps_s, 1e6)
-        _print_row(f"step of {size}, us a sequence", [seconds / size for seconds in steps_s], 1e6)
+        cpu_s = -time.process_time()
+        steps, held_s = asyncio.run(_step_all(all_rules, size))
+        cpu_s += time.process_time()
+        _print_row(f"step of {size}, us a sequence", [step.seconds / size for step in steps], 1e6)
         _print_row(f"event loop beside steps of {size} late, us", held_s, 1e6)
+        num_late = sum(step.num_late for step in steps)
+        notes.append(
+            f"steps of {size}: {num_late} masks late, {cpu_s / NUM_STEPS / size * 1e6:.0f} us of CPU a sequence"
+        )
+    print("; ".join(notes), "(event loop and sampling included)")
 
 
 def vocabulary_of(tokenizer: Tokenizer) -> Vocabulary:
@@ -112,8 +122,15 @@ def _follow(rules: ReplyRules, rng: random.Random) -> Iterator[TokenTimes]:
             return
 
 
-async def _step_all(all_rules: Sequence[ReplyRules], size: int) -> tuple[list[float], list[float]]:
-    """Return what each step of so many replies takes, and how late the event loop is meanwhile."""
+class Step(NamedTuple):
+    """What happened between two steps of an engine."""
+
+    seconds: float
+    num_late: int
+
+
+async def _step_all(all_rules: Sequence[ReplyRules], size: int) -> tuple[list[Step], list[float]]:
+    """Return each step of so many replies, and how late the event loop is meanwhile."""
     held_s: list[float] = []
     steps = asyncio.get_running_loop().run_in_executor(None, lambda: list(_steps(all_rules, size)))
     while not steps.done():
@@ -123,24 +140,32 @@ async def _step_all(all_rules: Sequence[ReplyRules], size: int) -> tuple[list[fl
     return await steps, held_s
 
 
-def _steps(all_rules: Sequence[ReplyRules], size: int) -> Iterator[float]:
-    """Yield the seconds of each step; a reply that is over makes room for another."""
+def _steps(all_rules: Sequence[ReplyRules], size: int) -> Iterator[Step]:
+    """Yield each step; a reply that is over makes room for another."""
     rng = random.Random(size)
     threads = MaskThreads()
     states = [_new_state(all_rules, rng) for _ in range(size)]
-    threads.prepare(states)
+    _prepare(threads, states)
     for _ in range(NUM_STEPS):
-        while any(not state.is_ready for state in states):
-            threads.wait_for_late()
         token_ids = [_draw(state.mask, rng) for state in states]
         begun = time.perf_counter()
         for state, token_id in zip(states, token_ids, strict=True):
             state.take([token_id])
-        threads.prepare(states)
-        yield time.perf_counter() - begun
+        num_late = _prepare(threads, states)
+        yield Step(time.perf_counter() - begun, num_late)
         states = [_new_state(all_rules, rng) if state.is_over else state for state in states]
-        threads.prepare(states)
+        _prepare(threads, states)
     threads.close()
+
+
+def _prepare(threads: MaskThreads, states: Sequence[ConstraintState]) -> int:
+    """Prepare them all; return how many an engine would not have waited for."""
+    threads.prepare(states, is_alone=len(states) == 1)
+    num_late = sum(state.is_late for state in states)
+    while any(not state.is_ready for state in states):
+        threads.wait_for_late()
+    threads.note_ready()
+    return num_late
 
 
 def _new_state(all_rules: Sequence[ReplyRules], rng: random.Random) -> ConstraintState:

@@ -2,8 +2,8 @@
 
     python benchmarks/grammar_engine.py --model demo --batch 1,8
 
-Each of the batch's clients asks for one reply after the other. Kinds of work:
-    free         text of as many tokens as the constrained replies have
+Each of the batch's clients asks for one reply after the other; each row is a window of some seconds. Kinds of work:
+    free         text of 256 tokens
     step by step calls of a tool with many arguments, every token sampled in a step
     forwarded    the same, where tokens that the grammar forces need no step of their own
     half free    every other client free, the others as forwarded
@@ -16,12 +16,13 @@ engine are understood.
 import asyncio
 import datetime
 import hashlib
+import itertools
 import os
 import random
-import statistics
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -49,7 +50,8 @@ from lmdserve.tools.schema import normalize_tools  # noqa: E402
 KINDS = ("free", "step by step", "forwarded", "half free", "one costly")
 MASKS_PER_COSTLY_ONE, COSTLY_MASK_S = 5, 0.05
 WORK = bytes(2**20)
-REPLIES_PER_CLIENT = 3
+FREE_TOKENS = 256  # of a free reply
+WARM_UP_S = 0.7
 PROMPT_LEN = 64
 TICK_S = 0.001
 HEADER = (
@@ -124,9 +126,9 @@ class Run:
     """What the clients of one run saw."""
 
     num_tokens: int = 0
-    reply_lens: list[int] = field(default_factory=list)
     gaps_s: list[float] = field(default_factory=list)  # of free clients
     held_s: list[float] = field(default_factory=list)
+    is_counting: bool = False
     took_s: float = 0.0
     num_sequence_steps: int = 0
 
@@ -135,30 +137,26 @@ def main() -> int:
     parser = OptionParser(prog="grammar_engine.py", description=__doc__)
     parser.add_argument("--batch", default="1,32,256")
     parser.add_argument("--kinds", default=",".join(KINDS))
+    parser.add_argument("--seconds", type=float, default=3.0, help="for each row")
     add_options(parser, EngineConfig, title="engine")
     arguments = parser.parse_known(sys.argv[1:])
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {len(os.sched_getaffinity(0))} cores"
     print(f"{datetime.date.today()}, lmdserve {lmdserve.__version__}, torch {torch.__version__}, {device}\n\n{HEADER}")
     batches = [int(size) for size in arguments.batch.split(",")]
-    uvloop.run(measure(read_options(EngineConfig, arguments), batches, arguments.kinds.split(",")))
+    kinds, seconds = arguments.kinds.split(","), arguments.seconds
+    uvloop.run(measure(read_options(EngineConfig, arguments), batches, kinds, seconds))
     return 0
 
 
-async def measure(config: EngineConfig, batches: Sequence[int], kinds: Sequence[str]) -> None:
+async def measure(config: EngineConfig, batches: Sequence[int], kinds: Sequence[str], seconds: float) -> None:
     """Print a row for each batch size and kind of work."""
     rules = order_rules(Path(resolve_model_folder(config.model, config.revision)))
     engine = load_engine(config)
     await engine.start()
-    reply_lens = [128]
     for size in batches:
-        for kind in sorted(kinds, key=lambda kind: kind == "free"):  # free replies are as long as the others were
-            if size == 1 and kind in ("half free", "one costly"):
-                continue
-            await run(engine, rules, kind, size, reply_lens, num_replies=1)
-            result = await run(engine, rules, kind, size, reply_lens, num_replies=REPLIES_PER_CLIENT)
-            if kind != "one costly" and result.reply_lens:
-                reply_lens = [round(statistics.mean(result.reply_lens))]
-            print(row(kind, size, result), flush=True)
+        for kind in kinds:
+            if size > 1 or kind not in ("half free", "one costly"):
+                print(row(kind, size, await run(engine, rules, kind, size, seconds)), flush=True)
     await engine.stop(0.0)
 
 
@@ -170,54 +168,52 @@ def order_rules(folder: Path) -> ReplyRules:
     return ReplyRules(sets=TokenSets(vocabulary), answer=GrammarCompiler(vocabulary).compile(source))
 
 
-async def run(
-    engine: AsyncEngine, rules: ReplyRules, kind: str, size: int, reply_lens: Sequence[int], *, num_replies: int
-) -> Run:
-    """Have `size` clients ask for replies, one after the other."""
+async def run(engine: AsyncEngine, rules: ReplyRules, kind: str, size: int, seconds: float) -> Run:
+    """Have `size` clients ask for replies, one after the other, and watch them for a while."""
     result = Run()
-    ticker = asyncio.create_task(watch_loop(result.held_s))
-    begun_s = time.perf_counter()
-
-    async def client(index: int) -> None:
-        is_free = kind == "free" or (kind == "half free" and index % 2 == 0) or (kind == "one costly" and index > 0)
-        for number in range(num_replies):
-            rng = random.Random(f"{index}/{number}")
-            prompt = rng.choices(range(engine.info.vocab_size), k=PROMPT_LEN)
-            constraint = None if is_free else CONSTRAINT_OF.get(kind, ReplyConstraint)(rules)
-            num_tokens = rng.choice(reply_lens) if is_free else 1000
-            sampling = SamplingParams(seed=index, max_tokens=num_tokens, ignore_eos=is_free)
-            request = Request(
-                uid=f"{begun_s}/{index}/{number}", prompt_token_ids=prompt, sampling=sampling, constraint=constraint
-            )
-            await reply(engine, request, result, is_free=is_free)
-
-    before = engine.stats()
-    await asyncio.gather(*(client(index) for index in range(size)))
+    clients = [asyncio.create_task(client(engine, rules, kind, index, result)) for index in range(size)]
+    ticker = asyncio.create_task(watch_loop(result))
+    await asyncio.sleep(WARM_UP_S)
+    before, begun_s = engine.stats(), time.perf_counter()
+    result.is_counting = True
+    await asyncio.sleep(seconds)
+    result.is_counting = False
     result.took_s = time.perf_counter() - begun_s
     result.num_sequence_steps = (engine.stats().steps_total - before.steps_total) * size
-    ticker.cancel()
+    for task in (ticker, *clients):
+        task.cancel()
+    for outcome in await asyncio.gather(ticker, *clients, return_exceptions=True):
+        assert isinstance(outcome, asyncio.CancelledError), outcome
     return result
 
 
-async def reply(engine: AsyncEngine, request: Request, result: Run, *, is_free: bool) -> None:
-    num_tokens, previous_s = 0, None
-    async for chunk in engine.generate(request):
-        now_s = time.perf_counter()
-        if is_free and previous_s is not None:
-            result.gaps_s.append(now_s - previous_s)
-        previous_s = now_s
-        num_tokens += len(chunk.token_ids)
-    result.num_tokens += num_tokens
-    if not is_free:
-        result.reply_lens.append(num_tokens)
+async def client(engine: AsyncEngine, rules: ReplyRules, kind: str, index: int, result: Run) -> None:
+    is_free = kind == "free" or (kind == "half free" and index % 2 == 0) or (kind == "one costly" and index > 0)
+    for number in itertools.count():
+        request = Request(
+            uid=f"{id(result)}/{index}/{number}",
+            prompt_token_ids=random.Random(f"{index}/{number}").choices(range(engine.info.vocab_size), k=PROMPT_LEN),
+            sampling=SamplingParams(seed=index, max_tokens=FREE_TOKENS if is_free else 1000, ignore_eos=is_free),
+            constraint=None if is_free else CONSTRAINT_OF.get(kind, ReplyConstraint)(rules),
+        )
+        previous_s = None
+        async with aclosing(engine.generate(request)) as chunks:
+            async for chunk in chunks:
+                now_s = time.perf_counter()
+                if result.is_counting:
+                    result.num_tokens += len(chunk.token_ids)
+                    if is_free and previous_s is not None:
+                        result.gaps_s.append(now_s - previous_s)
+                previous_s = now_s
 
 
-async def watch_loop(held_s: list[float]) -> None:
+async def watch_loop(result: Run) -> None:
     """Write down how late each wake-up comes."""
     while True:
         begun_s = time.perf_counter()
         await asyncio.sleep(TICK_S)
-        held_s.append(time.perf_counter() - begun_s - TICK_S)
+        if result.is_counting:
+            result.held_s.append(time.perf_counter() - begun_s - TICK_S)
 
 
 def row(kind: str, size: int, result: Run) -> str:

@@ -1,26 +1,27 @@
 """Sequences' constraints between steps: each one's next mask and forced tokens, and the threads that compute them.
 
-Owns when masks are computed: as soon as the token before them is known, on threads beside the engine thread, while the
-device runs the forward pass that they are for. A mask that takes long keeps its own sequence back and no other: the
-step is sampled without it, the sequence's token of that step is worth nothing, and it sits out until the mask is there.
-What may follow what is decided by whoever made the request; nothing a constraint raises gets beyond its own sequence.
+Owns when masks are computed: as soon as the token before them is known, beside the engine thread, while the device runs
+the forward pass that they are for. A mask that takes long keeps its own sequence back and no other: the step is sampled
+without it, the sequence's token of that step is worth nothing, and it sits out until the mask is there. What may follow
+what is decided by whoever made the request; nothing a constraint raises gets beyond its own sequence.
 """
 
-import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from typing import Any
 
 from .api import TokenConstraint
 
-# From when on a step goes on without a mask. With two threads and InternLM2's vocabulary 256 masks take 4 ms.
-LATE_S = 0.006
+LATE_S = 0.006  # how long a step waits for one mask of a sequence whose masks have been quick
+UNPROVEN_S = 0.002  # and for all others together: the first mask of a sequence, and those of one that was slow lately
 _SLOW_S = 0.003  # of a thread's own time; a mask that takes so long has more like it to follow
 _MASKS_AS_SLOW = 64
-_MASKS_PER_THREAD = 4  # fewer are not worth waking another one; a mask takes 30 us
-_FEWEST_THREADS, _MOST_THREADS = 2, 8  # with one, the first costly mask would hold up all others
+_STUCK_S = 0.001  # when a thread has been at one mask for so long, another one goes on with those behind it
+_MOST_THREADS = 8
+_FIRST_THREADS = 2
 
 
 @dataclass(slots=True, eq=False)
@@ -34,12 +35,13 @@ class ConstraintState:
     fast_forward_from: int | None = None  # the place in the output that forced tokens are taken from on; None: never
     may_be_late: bool = True
     num_tokens: int = 0  # of the output that it has taken, forced ones included
-    mask: bytes | None = None  # of the token behind those; None: every token may come
+    mask: bytes | bytearray | None = None  # of the token behind those; None: every token may come
     must_end: bool = False  # the mask allows tokens that end the sequence only
     is_over: bool = False
     failure: str | None = None
     is_ready: bool = False
     is_late: bool = False  # a step goes on without its mask; the scheduler leaves the sequence out until it is there
+    is_new: bool = True  # no mask of it has been computed yet
     _num_masks_as_slow: int = 0  # that it is taken to be slow for
     _forced_token_ids: tuple[int, ...] = ()
 
@@ -49,20 +51,24 @@ class ConstraintState:
         return self._num_masks_as_slow > 0
 
     @property
+    def is_proven(self) -> bool:
+        """Whether its last masks were quick, so that the next one probably is."""
+        return not self.is_new and not self.is_slow
+
+    @property
     def has_forced(self) -> bool:
         """Whether it knows tokens that it has not handed out, as its mask was late: what a step samples is not them."""
         return self.is_ready and bool(self._forced_token_ids)
 
-    def mask_at(self, output_position: int) -> bytes | None:
+    def mask_at(self, output_position: int) -> bytes | bytearray | None:
         """Return the mask of a place in the output; None where every token may come, or what comes is not taken."""
         return self.mask if self.is_ready and output_position == self.num_tokens else None
 
     def take(self, token_ids: Iterable[int]) -> None:
         """Go on by the tokens of a step, which was sampled with its mask; it may have been late before."""
         self.is_late = False
-        for token_id in token_ids:
-            if self.failure is None and not self.is_over:
-                self._run(lambda token_id=token_id: self._accept(token_id))  # type: ignore[misc]
+        if self.failure is None:
+            self._run(self._accept, token_ids)
         self.is_ready = self.is_over or self.failure is not None
 
     def prepare(self) -> None:
@@ -71,6 +77,7 @@ class ConstraintState:
         self._run(self._compute)
         is_costly = time.thread_time() - begun_s > _SLOW_S
         self._num_masks_as_slow = _MASKS_AS_SLOW if is_costly else max(0, self._num_masks_as_slow - 1)
+        self.is_new = False
         self.is_ready = True
 
     def hand_out_forced(self) -> tuple[int, ...]:
@@ -78,10 +85,13 @@ class ConstraintState:
         forced, self._forced_token_ids = self._forced_token_ids, ()
         return forced
 
-    def _accept(self, token_id: int) -> None:
-        self.constraint.accept(token_id)
-        self.num_tokens += 1
-        self.is_over = self.constraint.is_over
+    def _accept(self, token_ids: Iterable[int]) -> None:
+        for token_id in token_ids:
+            if self.is_over:
+                return
+            self.constraint.accept(token_id)
+            self.num_tokens += 1
+            self.is_over = self.constraint.is_over
 
     def _compute(self) -> None:
         if self.fast_forward_from is not None and self.num_tokens >= self.fast_forward_from:
@@ -94,9 +104,9 @@ class ConstraintState:
         self.must_end = self.constraint.must_end
         self.mask = self.constraint.mask()
 
-    def _run(self, work: Callable[[], None]) -> None:
+    def _run(self, work: Callable[..., None], *arguments: Any) -> None:
         try:
-            work()
+            work(*arguments)
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:  # a panic of native code is no Exception
@@ -105,60 +115,90 @@ class ConstraintState:
 
 
 class MaskThreads:
-    """Prepares constraints side by side; native code computes masks without Python's lock. Used by the engine thread.
+    """Prepares constraints beside the engine thread, which alone calls it.
 
-    What was slow lately has a thread of its own, so that a few costly constraints never occupy all the others.
+    One thread does so for all that are proven to be quick: what native code does without Python's lock is too short for
+    a second one to gain anything. Others take over while it is stuck. What is not proven has threads of its own.
     """
 
     def __init__(self) -> None:
-        self._num_threads = max(_FEWEST_THREADS, min(_MOST_THREADS, len(os.sched_getaffinity(0)) - 1))
-        self._threads = ThreadPoolExecutor(self._num_threads, thread_name_prefix="lmdserve-masks")
+        self._threads = ThreadPoolExecutor(_MOST_THREADS, thread_name_prefix="lmdserve-masks")
+        self._first_threads = ThreadPoolExecutor(_FIRST_THREADS, thread_name_prefix="lmdserve-first-masks")
         self._slow_thread = ThreadPoolExecutor(1, thread_name_prefix="lmdserve-slow-masks")
-        self._late: dict[ConstraintState, list[Future[None]]] = {}
+        self._late: set[ConstraintState] = set()
+        self._running: set[Future[None]] = set()  # what computes the late ones
 
-    def prepare(self, states: Iterable[ConstraintState]) -> None:
-        """Prepare those that are not; return when all are ready, or those marked as late that are not in LATE_S."""
+    def prepare(self, states: Iterable[ConstraintState], *, is_alone: bool = False) -> None:
+        """Prepare those that are not; return when all are ready, or marked as late.
+
+        `is_alone` says that a single sequence is computed at present, so that nobody else waits. Where its masks have
+        been quick, the next one is then computed on the engine thread itself: handing over takes 50 to 100 us.
+        """
         unready = [state for state in states if not state.is_ready and not state.is_late]
-        if not unready:
-            return
-        quick = deque(state for state in unready if not state.is_slow)
-        num_threads = min(self._num_threads, -(-len(quick) // _MASKS_PER_THREAD))
-        running = [self._threads.submit(_prepare_all, quick) for _ in range(num_threads)]
-        running += [self._slow_thread.submit(state.prepare) for state in unready if state.is_slow]
-        _, pending = wait(running, timeout=LATE_S)
-        if quick:  # held up by what takes long
-            pending.add(self._threads.submit(_prepare_all, quick))
-        while any(not state.is_ready and not state.may_be_late for state in unready):
-            _, pending = wait(pending, return_when=FIRST_COMPLETED)
-        for state in unready:
-            if not state.is_ready:
-                state.is_late = True
-                self._late[state] = list(pending)
+        if is_alone and len(unready) == 1 and unready[0].is_proven:
+            unready[0].prepare()
+        elif unready:
+            self._running |= self._prepare_beside(unready)
+            for state in unready:
+                if not state.is_ready:
+                    state.is_late = True
+                    self._late.add(state)
 
     def note_ready(self) -> None:
         """Let those go on whose masks have come."""
         for state in [state for state in self._late if state.is_ready]:
             state.is_late = False
-            del self._late[state]
+            self._late.remove(state)
 
     def wait_for_late(self) -> None:
-        """Wait until one of the late masks has come, if there are any, but no longer than a newcomer should have to."""
-        pending = {future for futures in self._late.values() for future in futures if not future.done()}
-        if pending:
-            wait(pending, timeout=LATE_S, return_when=FIRST_COMPLETED)
+        """Wait until one of the late masks may have come, if there are any, but no longer than a newcomer should."""
+        self._running = {future for future in self._running if not future.done()}
+        if self._late and self._running:
+            wait(self._running, timeout=LATE_S, return_when=FIRST_COMPLETED)
         self.note_ready()
 
     def close(self) -> None:
         """End the threads; what they compute is not waited for."""
-        for threads in (self._threads, self._slow_thread):
+        for threads in (self._threads, self._first_threads, self._slow_thread):
             threads.shutdown(wait=False, cancel_futures=True)
 
+    def _prepare_beside(self, unready: list[ConstraintState]) -> set[Future[None]]:
+        """Have threads prepare these; return what still runs when all are ready, or have been waited for."""
+        begun_s = time.monotonic()
+        proven = [state for state in unready if state.is_proven]
+        queue = _Queue(proven)
+        pending = queue.hand_to(self._threads, 1)
+        pending |= _Queue(state for state in unready if state.is_new).hand_to(self._first_threads, _FIRST_THREADS)
+        pending |= _Queue(state for state in unready if state.is_slow).hand_to(self._slow_thread, 1)
+        while True:
+            _, pending = wait(pending, timeout=_STUCK_S)
+            if not pending:
+                return pending
+            stuck_s = time.monotonic() - queue.last_begun_s
+            is_over = stuck_s > LATE_S or all(state.is_ready for state in proven)
+            is_over = is_over and time.monotonic() - begun_s > UNPROVEN_S
+            if is_over and all(state.is_ready or state.may_be_late for state in unready):
+                return pending
+            if stuck_s > _STUCK_S:
+                pending |= queue.hand_to(self._threads, 1)
 
-def _prepare_all(states: "deque[ConstraintState]") -> None:
-    """Prepare one after another, as long as other threads leave any."""
-    while states:
-        try:
-            state = states.popleft()
-        except IndexError:
-            return
-        state.prepare()
+
+class _Queue:
+    """Constraints that threads prepare one after another."""
+
+    def __init__(self, states: Iterable[ConstraintState]) -> None:
+        self._states = deque(states)
+        self.last_begun_s = time.monotonic()
+
+    def hand_to(self, threads: ThreadPoolExecutor, most: int) -> set[Future[None]]:
+        """Have up to so many threads more work on what is left."""
+        return {threads.submit(self._work) for _ in range(min(most, len(self._states)))}
+
+    def _work(self) -> None:
+        while self._states:
+            try:
+                state = self._states.popleft()
+            except IndexError:  # another thread took it
+                return
+            self.last_begun_s = time.monotonic()
+            state.prepare()

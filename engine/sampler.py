@@ -47,7 +47,7 @@ class SampleRow(NamedTuple):
         return self.sequence.is_stop_banned_at(self.output_position)
 
     @property
-    def mask(self) -> bytes | None:
+    def mask(self) -> bytes | bytearray | None:
         """The tokens that the sequence's constraint allows, a bit each; None: all."""
         constraint = self.sequence.constraint
         return None if constraint is None else constraint.mask_at(self.output_position)
@@ -171,7 +171,7 @@ def _ban_stop_tokens(logits: torch.Tensor, rows: SequenceOf[SampleRow]) -> None:
         logits[where[:, 0], where[:, 1]] = -torch.inf
 
 
-def _apply_masks(logits: torch.Tensor, masks: SequenceOf[bytes | None]) -> None:
+def _apply_masks(logits: torch.Tensor, masks: SequenceOf[bytes | bytearray | None]) -> None:
     """Ban what the constraints do not allow; tokens beyond a mask's end are not allowed either."""
     rows = [row for row, mask in enumerate(masks) if mask is not None]
     if not rows:

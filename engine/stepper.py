@@ -78,7 +78,7 @@ class Stepper:
 
     def _sample(self, launched: _Launched) -> None:
         """Have a step sampled; the tokens of all steps before it are known where it matters."""
-        self._masks.prepare(_constraints(launched.chunks))
+        self._prepare(launched.chunks)
         launched.late = frozenset(
             chunk.sequence
             for chunk in launched.chunks
@@ -160,8 +160,12 @@ class Stepper:
         results = [
             _taken(chunk, result, is_late=chunk.sequence in late) for chunk, result in zip(chunks, results, strict=True)
         ]
-        self._masks.prepare(_constraints(chunks))
+        self._prepare(chunks)
         return FinishedStep(chunks, list(map(_with_forced, chunks, results)))
+
+    def _prepare(self, chunks: SequenceOf[Chunk]) -> None:
+        is_alone = len(chunks) == 1 and all(len(launched.chunks) == 1 for launched in self._in_flight)
+        self._masks.prepare(_constraints(chunks), is_alone=is_alone)
 
     def _probe(self) -> None:
         """Tell failing requests from a failing device."""

@@ -85,7 +85,7 @@ class ReplyConstraint:
         self._may_think = rules.think_ids is not None and not rules.opens_in_reasoning
         self._may_be_blank = False  # one blank token between reasoning and answer, which a reader does not see
         self._matcher: LLMatcher | None = None
-        self._meter = MaskMeter()
+        self._meter = MaskMeter(len(rules.sets.vocabulary.token_bytes))
 
     @property
     def is_over(self) -> bool:
@@ -97,11 +97,13 @@ class ReplyConstraint:
         """Whether nothing may follow any more but the end."""
         return self._stage is _Stage.GRAMMAR and self._current_matcher().is_stopped()
 
-    def mask(self) -> bytes | None:
-        """Return the tokens that may come next, a bit each, in words of 32; None: every token may."""
+    def mask(self) -> bytes | bytearray | None:
+        """Return the tokens that may come next, a bit each, in words of 32; None: every token may.
+
+        The next call may overwrite them.
+        """
         if self._stage is _Stage.GRAMMAR:
-            mask = self._meter.mask_of(self._current_matcher())
-            return mask[: self._rules.sets.num_bytes]  # a whole word more where the vocabulary ends with a word
+            return self._meter.mask_of(self._current_matcher())
         bits = self._allowed()
         return None if bits is None else bits.to_bytes(self._rules.sets.num_bytes, "little")
 

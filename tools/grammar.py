@@ -6,24 +6,26 @@ the work, and is imported when the first grammar is compiled. Where a grammar be
 `constraint.py`.
 """
 
+import functools
 import json
 import re
 import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from ctypes import addressof, c_char
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from .relaxed_schema import NUM_HARMLESS_STEPS, NUM_STEPS, relaxed
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
-Answer = TypeVar("Answer")
-
 MAX_SOURCE_CHARS = 512 * 1024  # of one grammar, schemas of its tools included; 2000 properties are 150 KiB
 MAX_NESTING = 64
+# Texts that grammars force, with their tokens: the same ones come back with every call of a tool. 6 us less a token.
+MAX_REMEMBERED_TEXTS, MAX_REMEMBERED_CHARS = 4096, 256
 MAX_CACHED = 128  # compiled grammars
 MAX_CACHED_CHARS = 4 * 2**20  # of their sources; a compiled one takes about 25 bytes for each, so 100 MiB in all
 # Half to a twentieth of llguidance's defaults: with these the costliest mask found for a hostile regex took 70 ms (then
@@ -110,26 +112,34 @@ class Grammar:
 class MaskMeter:
     """Asks the grammar of one reply what may follow, and fails one that takes too long to tell."""
 
-    def __init__(self) -> None:
+    def __init__(self, num_tokens: int) -> None:
         self._excess_s = 0.0
+        self._mask = bytearray(-(-num_tokens // 32) * 4)
+        self._mask_address = addressof((c_char * len(self._mask)).from_buffer(self._mask))  # its length never changes
 
-    def mask_of(self, matcher: "LLMatcher") -> bytes:
-        """Return the tokens that may follow, a bit each; raise GrammarError where none may or the budget is spent."""
-        return self._metered(matcher, matcher.compute_bitmask)
+    def mask_of(self, matcher: "LLMatcher") -> bytearray:
+        """Return the tokens that may follow, a bit each in words of 32, until the next call overwrites them.
+
+        Raises GrammarError where none may or the budget is spent.
+        """
+        begun_s = time.thread_time()
+        matcher.unsafe_compute_mask_ptr(self._mask_address, len(self._mask))
+        self._book(matcher, begun_s)
+        return self._mask
 
     def forced_by(self, matcher: "LLMatcher") -> list[int]:
         """Return the tokens that have to follow, as far as there is one text only; raise GrammarError likewise."""
-        return self._metered(matcher, matcher.compute_ff_tokens)
-
-    def _metered(self, matcher: "LLMatcher", ask: Callable[[], Answer]) -> Answer:
         begun_s = time.thread_time()
-        answer = ask()
+        token_ids = matcher.compute_ff_tokens()
+        self._book(matcher, begun_s)
+        return token_ids
+
+    def _book(self, matcher: "LLMatcher", begun_s: float) -> None:
         self._excess_s += min(max(0.0, time.thread_time() - begun_s - FREE_MASK_S), MAX_COUNTED_S)
         if matcher.is_error():
             raise _explain(matcher.get_error())
         if self._excess_s > MASK_BUDGET_S:
             raise GrammarError("it is too costly to follow; simplify it (nested counts cost most)")
-        return answer
 
 
 class GrammarCompiler:
@@ -192,7 +202,7 @@ class GrammarCompiler:
 
         matcher = LLMatcher(self._loaded_tokenizer(), text, log_level=0, limits=LLParserLimits(**_LIMITS))
         trial = matcher.deep_copy()
-        for token_id in _walk(trial):
+        for token_id in _walk(trial, len(self.vocabulary.token_bytes)):
             trial.consume_token(token_id)
         for tried in (matcher, trial):
             if tried.is_error():
@@ -268,9 +278,9 @@ def _load_tokenizer(vocabulary: Vocabulary) -> "LLTokenizer":
     return LLTokenizer(TokenizerWrapper(_WrappedVocabulary(vocabulary)), eos_token=ends)
 
 
-def _walk(matcher: "LLMatcher") -> Iterator[int]:
+def _walk(matcher: "LLMatcher", num_tokens: int) -> Iterator[int]:
     """Yield the first few tokens of some text of the grammar: some turn out to be too costly there only."""
-    meter = MaskMeter()
+    meter = MaskMeter(num_tokens)
     for _ in range(_NUM_TRIED_TOKENS):
         if matcher.is_error() or matcher.is_stopped():
             return
@@ -289,11 +299,12 @@ class _WrappedVocabulary:
         self.tokens = list(vocabulary.token_bytes)
         self.special_token_ids = sorted(vocabulary.control_ids)
         self._encode = vocabulary.encode
+        self._encode_again = functools.lru_cache(MAX_REMEMBERED_TEXTS)(vocabulary.encode)
 
     def __call__(self, text: str) -> list[int]:
         if not isinstance(text, str):
             raise TypeError("only whole characters are encoded")
-        return self._encode(text)
+        return self._encode_again(text) if len(text) <= MAX_REMEMBERED_CHARS else self._encode(text)
 
 
 def _explain(error: str) -> GrammarError:

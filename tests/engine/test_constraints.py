@@ -319,6 +319,53 @@ def test_a_mask_is_computed_once_a_token() -> None:
     assert state.mask_at(0) is None
 
 
+class Noting(Climbing):
+    """Notes the threads that compute its masks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.threads: list[int] = []
+
+    def mask(self) -> bytes:
+        self.threads.append(threading.get_ident())
+        return super().mask()
+
+
+@pytest.mark.parametrize("is_alone", [True, False])
+def test_the_engine_thread_computes_masks_of_one_that_is_alone_and_was_quick_before(is_alone: bool) -> None:
+    state = ConstraintState(constraint := Noting())
+    threads = MaskThreads()
+    for _ in range(3):
+        threads.prepare([state], is_alone=is_alone)
+        while not state.is_ready:
+            threads.wait_for_late()
+        state.take([7 - sum(constraint.token_ids) % 7])
+    threads.close()
+    is_own = [thread == threading.get_ident() for thread in constraint.threads]
+    assert is_own == [False, is_alone, is_alone]
+
+
+def test_one_that_is_stuck_keeps_none_of_those_behind_it() -> None:
+    stuck = [Holding(8, 1), Holding(8, 1)]
+    states = [ConstraintState(constraint) for constraint in (*stuck, *(Climbing() for _ in range(6)))]
+    threads = MaskThreads()
+    threads.prepare(states)
+    while not all(state.is_ready for state in states):
+        threads.wait_for_late()
+    threads.note_ready()
+    for state in states:
+        state.take([7])
+    threads.prepare(states)
+    while not all(state.is_ready for state in states[2:]):
+        threads.wait_for_late()
+    assert [state.is_ready for state in states] == [False] * 2 + [True] * 6
+    for constraint in stuck:
+        constraint.released.set()
+    while not all(state.is_ready for state in states):
+        threads.wait_for_late()
+    threads.close()
+
+
 def test_what_was_late_is_prepared_again_once_it_is_taken() -> None:
     """Between two steps it may be ready before anybody has noted it."""
     state = ConstraintState(slow := Holding(8, 0))
