@@ -158,7 +158,10 @@ def build_engine(device: SleepingDevice, vocab_size: int, num_streams: int, outp
     """Return an engine with blocks for all streams at once."""
     num_blocks = num_streams * (-(-(PROMPT_LEN + output_len) // BLOCK_SIZE) + 1)
     pool = BlockPool(num_blocks=num_blocks, block_size=BLOCK_SIZE)
-    scheduler = Scheduler(pool, max_batch_size=num_streams, max_prefill_tokens=8192, enable_prefix_caching=True)
+    scheduler = Scheduler(
+        pool, max_batch_size=num_streams, max_prefill_tokens=8192, max_decode_rows=num_streams,
+        enable_prefix_caching=True,
+    )  # fmt: skip
     info = EngineInfo(vocab_size=vocab_size, session_len=PROMPT_LEN + output_len, eos_token_ids=frozenset())
     return AsyncEngine(
         device, scheduler, pool, info=info, rope_base_for=lambda num_tokens: 1e6, max_live_requests=2 * num_streams,

@@ -62,6 +62,7 @@ def load_engine(config: EngineConfig, *, memory: MemoryDevice | None = None) -> 
         pool,
         max_batch_size=plan.max_batch_size,
         max_prefill_tokens=plan.max_prefill_tokens,
+        max_decode_rows=plan.sizes.max_logit_rows,
         enable_prefix_caching=config.enable_prefix_caching,
         proposer=NgramProposer(config.num_draft_tokens) if config.speculate == "ngram" else None,
     )

@@ -110,9 +110,10 @@ def plan_memory(config: EngineConfig, model_config: ModelConfig, device: MemoryD
     max_prefill_tokens = resolve_max_prefill_tokens(config, device.kind)
     max_batch_size = config.max_batch_size or DEFAULT_BATCH_SIZE[device.kind]
     wanted_len = config.session_len or model_config.max_position_embeddings
+    max_decode_rows = max(max_batch_size, 1 + _num_draft_tokens(config))
     sizes = StepSizes(
-        max_tokens=max_prefill_tokens + max_batch_size,
-        max_logit_rows=max(max_batch_size, 1 + _num_draft_tokens(config)),
+        max_tokens=max_prefill_tokens + max_decode_rows,
+        max_logit_rows=max_decode_rows,
         num_slots=max_batch_size,
         max_blocks_per_slot=-(-wanted_len // config.cache_block_seq_len),
     )

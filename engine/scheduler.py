@@ -41,12 +41,14 @@ class Scheduler:
         *,
         max_batch_size: int,
         max_prefill_tokens: int,
+        max_decode_rows: int,
         enable_prefix_caching: bool,
         proposer: Proposer | None = None,
     ) -> None:
         self._pool = pool
         self._max_batch_size = max_batch_size
         self._max_prefill_tokens = max_prefill_tokens
+        self._max_decode_rows = max_decode_rows
         self._prefix_cache = PrefixCache(pool, is_enabled=enable_prefix_caching)
         self._proposer = proposer
         self._live: dict[str, Sequence] = {}
@@ -107,7 +109,7 @@ class Scheduler:
         self.newly_admitted.clear()
         budget = StepBudget(self._max_prefill_tokens)
         decoding, prefilling = self._divide_running()
-        budget.num_extra_rows = self._max_batch_size - len(self._live)
+        budget.num_extra_rows = self._max_decode_rows - len(self._live)
         proposer = self._proposer_for(decoding)
         if proposer is not None and self._in_flight:
             return []  # a guess continues the last token, which is not read back yet

@@ -77,8 +77,7 @@ class StepBudget:
 
     num_prefill_tokens: int
     num_prompt_logprob_rows: int = MAX_PROMPT_LOGPROB_ROWS
-    # Decode rows beyond one for each live sequence, waiting ones included, as they may come with the step: no step has
-    # more rows of this kind than the batch may have sequences.
+    # Decode rows beyond one for each live sequence, waiting ones included, as they may come with the step.
     num_extra_rows: int = 0
 
     def allowed_for(self, sequence: Sequence) -> int:

@@ -250,6 +250,7 @@ def build_fake_engine(fake_model: FakeModel, request: pytest.FixtureRequest) -> 
             pool,
             max_batch_size=max_batch_size,
             max_prefill_tokens=max_prefill_tokens,
+            max_decode_rows=max_batch_size,
             enable_prefix_caching=enable_prefix_caching,
         )
         kv_cache: Any = torch.full((num_blocks + 1, block_size), -1)
@@ -304,14 +305,14 @@ def bare_greedy(tiny_checkpoint: Path) -> Callable[..., list[int]]:
 
 @pytest.fixture
 def run_tiny_engine(tiny_checkpoint: Path) -> Callable[..., Any]:
-    """Return an async context manager: a started engine on the tiny checkpoint, checked and stopped at the end."""
+    """Return an async context manager: a started engine, on the tiny checkpoint unless told otherwise, checked and
+    stopped at the end.
+    """
 
     @asynccontextmanager
     async def run(*, num_blocks: int = 400, **options: Any) -> AsyncIterator[AsyncEngine]:
-        options = {"cache_block_seq_len": 8, "max_batch_size": 40} | options
-        engine = load_engine(
-            EngineConfig(model=str(tiny_checkpoint), device="cpu", cache_max_entry_count=float(num_blocks), **options)
-        )
+        options = {"model": str(tiny_checkpoint), "cache_block_seq_len": 8, "max_batch_size": 40} | options
+        engine = load_engine(EngineConfig(device="cpu", cache_max_entry_count=float(num_blocks), **options))
         await engine.start()
         try:
             yield engine

@@ -157,6 +157,7 @@ def test_a_lone_sequence_with_drafts_needs_a_row_for_each(tiny_checkpoint: Path)
     assert _gpu_plan(tiny_checkpoint, max_batch_size=1).sizes.max_logit_rows == 1
     plan = _gpu_plan(tiny_checkpoint, max_batch_size=1, speculate="ngram", num_draft_tokens=6)
     assert plan.sizes.max_logit_rows == 7
+    assert plan.sizes.max_tokens == plan.max_prefill_tokens + 7
 
 
 def test_sequences_are_counted_in_whole_blocks_and_never_beyond_the_batch(tiny_checkpoint: Path) -> None:

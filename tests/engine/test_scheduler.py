@@ -135,8 +135,8 @@ class Bench:
 
     def __init__(self, *, num_blocks: int = 32, block_size: int = 4, depth: int = 1, **options: Any) -> None:
         self.pool = BlockPool(num_blocks=num_blocks, block_size=block_size)
-        limits = {"max_batch_size": 8, "max_prefill_tokens": 16, "enable_prefix_caching": True}
-        self.scheduler = Scheduler(self.pool, **(limits | options))
+        limits = {"max_batch_size": 8, "max_prefill_tokens": 16, "enable_prefix_caching": True} | options
+        self.scheduler = Scheduler(self.pool, **({"max_decode_rows": limits["max_batch_size"]} | limits))
         self.machine = Machine(self.pool)
         self.depth = depth
         self.in_flight: deque[list[Chunk]] = deque()
@@ -361,7 +361,9 @@ def test_prompt_logprobs_are_computed_for_every_token_also_of_a_cached_prompt() 
 def test_rows_for_prompt_logprobs_are_rationed_and_others_are_not_held_up() -> None:
     info = EngineInfo(vocab_size=VOCAB_SIZE, session_len=2000, eos_token_ids=frozenset())
     pool = BlockPool(num_blocks=200, block_size=16)
-    scheduler = Scheduler(pool, max_batch_size=4, max_prefill_tokens=1000, enable_prefix_caching=True)
+    scheduler = Scheduler(
+        pool, max_batch_size=4, max_prefill_tokens=1000, max_decode_rows=4, enable_prefix_caching=True
+    )
     prompt = [n % VOCAB_SIZE for n in range(600)]
     for uid, num_prompt_logprobs in (("asks", 0), ("asks too", 0), ("plain", None)):
         request = Request(
@@ -660,8 +662,9 @@ def test_without_room_for_guesses_there_are_none_and_nobody_gives_way() -> None:
         assert sequence.token_ids[1:].tolist() == _expected_output(sequence, sequence.token_ids[:1])
 
 
-def test_no_more_rows_are_sampled_than_the_batch_may_have() -> None:
-    bench = Bench(max_batch_size=6, proposer=Guesser(lambda: 0))
+@pytest.mark.parametrize("max_batch_size", [4, 6])
+def test_a_step_has_no_more_decode_rows_than_it_may(max_batch_size: int) -> None:
+    bench = Bench(max_batch_size=max_batch_size, max_decode_rows=6, proposer=Guesser(lambda: 0))
     for n in range(4):
         bench.add([n], max_tokens=6)
     bench.step()
