@@ -2,7 +2,8 @@
 
 import asyncio
 import sys
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -50,6 +51,19 @@ class EngineRun(NamedTuple):
 def run_engine(config: EngineConfig, *rounds: Sequence[Request]) -> EngineRun:
     """Load an engine and generate each round's requests, all of a round at once."""
     return asyncio.run(_run(load_engine(config), rounds))
+
+
+@asynccontextmanager
+async def running(engine: AsyncEngine) -> AsyncIterator[AsyncEngine]:
+    """Start an engine, stop it at the end, and see that every block and stream is back."""
+    await engine.start()
+    try:
+        yield engine
+    finally:
+        await engine.stop(5.0)
+        engine._scheduler.check()
+        assert engine.stats().num_used_blocks == 0
+        assert engine._streams == {}
 
 
 async def _run(engine: AsyncEngine, rounds: Sequence[Sequence[Request]]) -> EngineRun:

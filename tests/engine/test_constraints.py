@@ -6,12 +6,12 @@ The reference decodes greedily by hand, from the fake model's logits with what i
 import asyncio
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch
+from engine_runs import running
 
 from lmdserve.engine.api import EngineError, FinishReason, Request, SamplingParams
 from lmdserve.engine.constraints import LATE_S, ConstraintState, MaskThreads
@@ -56,17 +56,6 @@ class Climbing:
         return []
 
 
-@asynccontextmanager
-async def _running(engine: AsyncEngine) -> AsyncIterator[AsyncEngine]:
-    await engine.start()
-    try:
-        yield engine
-    finally:
-        await engine.stop(5.0)
-        engine._scheduler.check()
-        assert engine.stats().num_used_blocks == 0
-
-
 def _request(uid: str, prompt: Sequence[int], constraint: Climbing | None, **sampling: Any) -> Request:
     params = SamplingParams(**({"temperature": 0.0, "max_tokens": 20} | sampling))
     return Request(uid=uid, prompt_token_ids=prompt, sampling=params, constraint=constraint)
@@ -92,7 +81,7 @@ async def test_constrained_and_free_sequences_share_steps_and_each_gets_its_own_
     build_fake_engine: BuildEngine, fake_model: Any
 ) -> None:
     prompts = [[1 + index, 2, 3] for index in range(6)]
-    async with _running(build_fake_engine()) as engine:
+    async with running(build_fake_engine()) as engine:
         requests = [
             _request(f"r{i}", prompt, Climbing(3 + i) if i % 2 else None, max_tokens=9)
             for i, prompt in enumerate(prompts)
@@ -106,7 +95,7 @@ async def test_constrained_and_free_sequences_share_steps_and_each_gets_its_own_
 
 
 async def test_it_obeys_with_penalties_bias_and_any_temperature(build_fake_engine: BuildEngine) -> None:
-    async with _running(build_fake_engine()) as engine:
+    async with running(build_fake_engine()) as engine:
         for index, sampling in enumerate(
             [{"temperature": 1.0}, {"repetition_penalty": 1.3}, {"logit_bias": {3: 50.0}}, {"top_k": 1}]
         ):
@@ -117,14 +106,14 @@ async def test_it_obeys_with_penalties_bias_and_any_temperature(build_fake_engin
 
 
 async def test_min_tokens_gives_way_to_a_constraint_that_lets_nothing_follow(build_fake_engine: BuildEngine) -> None:
-    async with _running(build_fake_engine()) as engine:
+    async with running(build_fake_engine()) as engine:
         request = _request("r", [1], Climbing(2), min_tokens=10, stop_token_ids=frozenset({0}))
         assert len((await _tokens(engine, request))[0]) == 3
 
 
 async def test_it_survives_preemption(build_fake_engine: BuildEngine, fake_model: Any) -> None:
     prompts = [[1 + index] * 6 for index in range(4)]
-    async with _running(build_fake_engine(num_blocks=12, enable_prefix_caching=False)) as engine:
+    async with running(build_fake_engine(num_blocks=12, enable_prefix_caching=False)) as engine:
         results = await asyncio.gather(
             *(_tokens(engine, _request(f"r{i}", prompt, Climbing(17))) for i, prompt in enumerate(prompts))
         )
@@ -137,7 +126,7 @@ async def test_it_survives_preemption(build_fake_engine: BuildEngine, fake_model
 async def test_a_constraint_that_fails_hurts_its_own_request_only(
     build_fake_engine: BuildEngine, fake_model: Any, fails_at: int
 ) -> None:
-    async with _running(build_fake_engine()) as engine:
+    async with running(build_fake_engine()) as engine:
         free = asyncio.create_task(_tokens(engine, _request("free", [4, 5], None)))
         good = asyncio.create_task(_tokens(engine, _request("good", [6, 7], Climbing())))
         with pytest.raises(EngineError, match="output format failed: as native code panics"):
@@ -147,7 +136,7 @@ async def test_a_constraint_that_fails_hurts_its_own_request_only(
 
 
 async def test_length_and_leaving_end_it_like_any_other(build_fake_engine: BuildEngine) -> None:
-    async with _running(build_fake_engine()) as engine:
+    async with running(build_fake_engine()) as engine:
         assert (await _tokens(engine, _request("short", [1], Climbing(9), max_tokens=4)))[1] is FinishReason.LENGTH
         chunks = engine.generate(_request("left", [1], Climbing(50), max_tokens=40))
         await anext(chunks)
@@ -180,7 +169,7 @@ class Forcing(Climbing):
 async def test_forced_tokens_come_without_a_step_each_and_change_no_other(
     build_fake_engine: BuildEngine, fake_model: Any
 ) -> None:
-    async with _running(build_fake_engine()) as engine:
+    async with running(build_fake_engine()) as engine:
         constraint = Forcing(40)
         request = _request("r", [1, 2, 3], constraint, max_tokens=50)
         token_ids, reason = await _tokens(engine, request)
@@ -210,7 +199,7 @@ async def test_an_answer_is_the_same_with_and_without_fast_forward(
     """Requests share steps with free ones; where blocks are few, they give way to each other and come back."""
     results = []
     for is_silent in (True, False):
-        async with _running(build_fake_engine(num_blocks=num_blocks, max_batch_size=12)) as engine:
+        async with running(build_fake_engine(num_blocks=num_blocks, max_batch_size=12)) as engine:
             requests = [
                 _request(f"r{i}", [1 + i, 2], Forcing(20 + i, is_silent=is_silent) if i % 3 else None, **sampling)
                 for i in range(6)
@@ -252,7 +241,7 @@ async def test_a_mask_that_takes_long_keeps_its_own_sequence_back_and_no_other(
     build_fake_engine: BuildEngine, fake_model: Any, place: int
 ) -> None:
     slow = Holding(8, place)
-    async with _running(build_fake_engine()) as engine:
+    async with running(build_fake_engine()) as engine:
         held = asyncio.create_task(_tokens(engine, _request("slow", [1, 2, 3], slow)))
         others = [
             asyncio.create_task(_tokens(engine, _request(f"r{i}", [4 + i], Climbing(9) if i else None, max_tokens=15)))
@@ -270,7 +259,7 @@ async def test_a_mask_that_takes_long_keeps_its_own_sequence_back_and_no_other(
 
 async def test_one_that_leaves_while_its_mask_is_late_is_forgotten(build_fake_engine: BuildEngine) -> None:
     slow = Holding(8, 2)
-    async with _running(build_fake_engine()) as engine:
+    async with running(build_fake_engine()) as engine:
         chunks = engine.generate(_request("slow", [1], slow))
         await anext(chunks)
         await asyncio.to_thread(slow.is_held.wait, 20.0)
@@ -291,7 +280,7 @@ class Dawdling(Forcing):
 @pytest.mark.parametrize("num_blocks", [64, 14], ids=["roomy", "preempting"])
 async def test_late_masks_change_no_token(build_fake_engine: BuildEngine, fake_model: Any, num_blocks: int) -> None:
     prompts = [[1 + i, 2] for i in range(5)]
-    async with _running(build_fake_engine(num_blocks=num_blocks)) as engine:
+    async with running(build_fake_engine(num_blocks=num_blocks)) as engine:
         results = await asyncio.gather(
             *(
                 _tokens(engine, _request(f"r{i}", prompt, Dawdling(18) if i else None))

@@ -1,38 +1,21 @@
 """The words that reference packers of each format wrote (AutoAWQ, GPTQModel, compressed-tensors, LMDeploy)."""
 
-import json
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from reference_words import fp16, read_formats, words
 
 from lmdserve.engine.formats import FourBitWeight, awq, compressed_tensors, gptq
 from lmdserve.engine.quantization_config import QuantizationScheme
 
-FIXTURE = Path(__file__).parents[3] / "shared" / "fixtures" / "quant_formats.json"
 ASYMMETRIC_SCALES = "asym_scales_fp16_hex[out][group]"
 ZEROS = "zero_points_uint4[out][group]"
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def formats() -> dict[str, Any]:
-    if not FIXTURE.is_file():
-        pytest.skip("the shared fixtures are not beside this checkout")
-    return json.loads(FIXTURE.read_text())
-
-
-def words(values: list[list[str]]) -> torch.Tensor:
-    return torch.from_numpy(
-        np.array([[int(word, 16) for word in row] for row in values], dtype=np.uint32).view(np.int32)
-    )
-
-
-def fp16(values: list[list[str]]) -> torch.Tensor:
-    return torch.from_numpy(
-        np.array([[int(word, 16) for word in row] for row in values], dtype=np.uint16).view(np.float16)
-    )
+    return read_formats()
 
 
 def scheme(method: str, layout: str, *, has_zeros: bool = True, reorders_inputs: bool = False) -> QuantizationScheme:

@@ -1,6 +1,5 @@
 """Logits of every family equal transformers' within 1e-4 in float32, however the tokens are cut into steps."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,15 +15,6 @@ CPU = torch.device("cpu")
 TOLERANCE = 1e-4
 NUM_TOKENS = 75
 CHUNKINGS = {"prefill": [NUM_TOKENS], "chunked": [7, 20, 1, 30], "decode": [1]}
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Matrices this small only lose by being shared out."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
 
 
 def random_tokens(count: int) -> list[int]:

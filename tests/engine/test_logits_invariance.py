@@ -36,15 +36,6 @@ SHAPES = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Matrices this small only lose by being shared out."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
-
-
 def build(folder: Path, shape: tuple[int, ...], **config: Any) -> Decoder:
     num_heads, num_kv_heads, head_dim, hidden, intermediate = shape
     generator = torch.Generator().manual_seed(3)
@@ -207,8 +198,16 @@ def append_everywhere(driver: CacheDriver, layer: int, heads: torch.Tensor) -> N
     reference.append_kv(heads, data, scales, rows, driver.kv_cache.bits)
 
 
-def test_threads_keep_the_bits_too(tmp_path: Path) -> None:
+@pytest.fixture
+def _two_threads() -> Iterator[None]:
+    num_threads = torch.get_num_threads()
     torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(num_threads)
+
+
+@pytest.mark.usefixtures("_two_threads")
+def test_threads_keep_the_bits_too(tmp_path: Path) -> None:
     decoder = build(tmp_path, SHAPES["demo"])
     prompts = random_prompts([70, 3, 130])
     expected = alone(decoder, 0, prompts, block_size=64)

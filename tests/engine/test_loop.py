@@ -3,12 +3,13 @@
 import asyncio
 import random
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import Callable, Sequence
+from contextlib import aclosing
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from engine_runs import running
 
 from lmdserve.engine import loop
 from lmdserve.engine.api import (
@@ -31,19 +32,6 @@ from lmdserve.engine.sequence import new_sequence
 BuildEngine = Callable[..., AsyncEngine]
 
 
-@asynccontextmanager
-async def _running(engine: AsyncEngine) -> AsyncIterator[AsyncEngine]:
-    """Start the engine, and see at the end that every block is back."""
-    await engine.start()
-    try:
-        yield engine
-    finally:
-        await engine.stop(5.0)
-        engine._scheduler.check()
-        assert engine.stats().num_used_blocks == 0
-        assert engine._streams == {}
-
-
 def _request(uid: str, prompt: Sequence[int], *, num_prompt_logprobs: int | None = None, **sampling: Any) -> Request:
     params = SamplingParams(**({"temperature": 0.0, "max_tokens": 8} | sampling))
     return Request(uid=uid, prompt_token_ids=prompt, sampling=params, num_prompt_logprobs=num_prompt_logprobs)
@@ -64,7 +52,7 @@ async def _until(condition: Callable[[], bool]) -> None:
 
 
 async def test_greedy_output_is_the_models_own(build_fake_engine: BuildEngine, fake_model: Any) -> None:
-    async with _running(build_fake_engine()) as engine:
+    async with running(build_fake_engine()) as engine:
         chunks = await _chunks(engine, _request("a", [1, 2, 3], max_tokens=20))
     token_ids = [token_id for chunk in chunks for token_id in chunk.token_ids]
     assert token_ids == fake_model.greedy([1, 2, 3], 20)
@@ -76,7 +64,7 @@ async def test_an_end_of_sequence_token_ends_and_is_handed_over(
     build_fake_engine: BuildEngine, fake_model: Any
 ) -> None:
     prompt = next([n] for n in range(60) if len(fake_model.greedy([n], 50)) < 50)
-    async with _running(build_fake_engine()) as engine:
+    async with running(build_fake_engine()) as engine:
         chunks = await _chunks(engine, _request("a", prompt, max_tokens=50))
         ignoring = await _tokens(engine, _request("b", prompt, max_tokens=50, ignore_eos=True))
     token_ids = [token_id for chunk in chunks for token_id in chunk.token_ids]
@@ -94,7 +82,7 @@ async def test_requests_join_and_leave_at_every_step(build_fake_engine: BuildEng
         prompt, max_tokens = jobs[index]
         return await _tokens(engine, _request(f"r{index}", prompt, max_tokens=max_tokens))
 
-    async with _running(build_fake_engine(num_blocks=20)) as engine:
+    async with running(build_fake_engine(num_blocks=20)) as engine:
         outputs = await asyncio.gather(*(late(engine, index) for index in range(len(jobs))))
     assert outputs == [fake_model.greedy(prompt, max_tokens) for prompt, max_tokens in jobs]
     assert max(fake_model.batch_sizes) > 2
@@ -128,13 +116,13 @@ async def test_sampling_sees_every_token_before_also_those_in_flight(
         )
         for n, fields in enumerate(choices * 4)
     ]
-    async with _running(build_fake_engine(num_blocks=24)) as engine:
+    async with running(build_fake_engine(num_blocks=24)) as engine:
         outputs = await asyncio.gather(*(_tokens(engine, request) for request in requests))
     assert outputs == [_decode_alone(fake_model, request) for request in requests]
 
 
 async def test_max_tokens_is_clipped_to_the_context(build_fake_engine: BuildEngine) -> None:
-    async with _running(build_fake_engine(session_len=20)) as engine:
+    async with running(build_fake_engine(session_len=20)) as engine:
         chunks = await _chunks(engine, _request("a", range(15), max_tokens=1000, ignore_eos=True))
     assert sum(len(chunk.token_ids) for chunk in chunks) == 5
     assert chunks[-1].finish_reason is FinishReason.LENGTH
@@ -142,7 +130,7 @@ async def test_max_tokens_is_clipped_to_the_context(build_fake_engine: BuildEngi
 
 async def test_prompt_logprobs_come_once_with_the_first_chunk(build_fake_engine: BuildEngine, fake_model: Any) -> None:
     prompt = list(range(20, 45))
-    async with _running(build_fake_engine(max_prefill_tokens=4)) as engine:
+    async with running(build_fake_engine(max_prefill_tokens=4)) as engine:
         chunks = await _chunks(engine, _request("a", prompt, num_logprobs=1, num_prompt_logprobs=2))
         (scored,) = await _chunks(engine, _request("b", prompt, max_tokens=0, num_prompt_logprobs=0))
     assert [chunk.prompt_logprobs is None for chunk in chunks] == [False] + [True] * (len(chunks) - 1)
@@ -162,7 +150,7 @@ async def test_prompt_logprobs_come_once_with_the_first_chunk(build_fake_engine:
 
 async def test_cached_prompt_tokens_are_reported(build_fake_engine: BuildEngine, fake_model: Any) -> None:
     prompt = list(range(13))
-    async with _running(build_fake_engine(block_size=4)) as engine:
+    async with running(build_fake_engine(block_size=4)) as engine:
         cold = await _chunks(engine, _request("cold", prompt))
         warm = await _chunks(engine, _request("warm", prompt))
         stats = engine.stats()
@@ -202,7 +190,7 @@ async def test_cached_prompt_tokens_are_reported(build_fake_engine: BuildEngine,
 async def test_what_cannot_be_honoured_is_refused_before_anything_runs(
     build_fake_engine: BuildEngine, fake_model: Any, fields: dict[str, Any], param: str, message: str
 ) -> None:
-    async with _running(build_fake_engine()) as engine:
+    async with running(build_fake_engine()) as engine:
         with pytest.raises(InvalidRequestError, match=message) as refusal:
             await _chunks(engine, _request("a", **({"prompt": [1]} | fields)))
         assert refusal.value.param == param
@@ -210,7 +198,7 @@ async def test_what_cannot_be_honoured_is_refused_before_anything_runs(
 
 
 async def test_a_prompt_without_room_for_an_answer_is_refused_with_both_numbers(build_fake_engine: BuildEngine) -> None:
-    async with _running(build_fake_engine(session_len=20)) as engine:
+    async with running(build_fake_engine(session_len=20)) as engine:
         with pytest.raises(ContextTooLongError, match=r"20 tokens.* 20 tokens") as refusal:
             await _chunks(engine, _request("a", range(20)))
         assert (refusal.value.num_prompt_tokens, refusal.value.session_len) == (20, 20)
@@ -220,7 +208,7 @@ async def test_a_prompt_without_room_for_an_answer_is_refused_with_both_numbers(
 async def test_an_id_in_use_is_refused_and_the_first_request_is_unharmed(
     build_fake_engine: BuildEngine, fake_model: Any
 ) -> None:
-    async with _running(build_fake_engine()) as engine:
+    async with running(build_fake_engine()) as engine:
         first = asyncio.create_task(_tokens(engine, _request("same", [1, 2])))
         await _until(lambda: engine.stats().num_running == 1)
         with pytest.raises(InvalidRequestError, match="running already"):
@@ -231,16 +219,16 @@ async def test_an_id_in_use_is_refused_and_the_first_request_is_unharmed(
 async def test_what_cannot_be_deterministic_says_so(build_fake_engine: BuildEngine, fake_model: Any) -> None:
     params = SamplingParams(temperature=0.0, max_tokens=3)
     request = Request(uid="a", prompt_token_ids=[1], sampling=params, deterministic=True)
-    async with _running(build_fake_engine(can_be_deterministic=False)) as engine:
+    async with running(build_fake_engine(can_be_deterministic=False)) as engine:
         with pytest.raises(InvalidRequestError, match="not possible with this server's compute type") as refusal:
             await _chunks(engine, request)
         assert refusal.value.param == "deterministic"
-    async with _running(build_fake_engine()) as engine:
+    async with running(build_fake_engine()) as engine:
         assert await _tokens(engine, request) == fake_model.greedy([1], 3)
 
 
 async def test_a_full_queue_refuses_with_an_estimate(build_fake_engine: BuildEngine, fake_model: Any) -> None:
-    async with _running(build_fake_engine(max_batch_size=1, max_queue_size=2)) as engine:
+    async with running(build_fake_engine(max_batch_size=1, max_queue_size=2)) as engine:
         fake_model.gate.clear()
         tasks = [asyncio.create_task(_tokens(engine, _request(f"r{n}", [n]))) for n in range(3)]
         await _until(lambda: len(engine._streams) == 3)
@@ -266,7 +254,7 @@ async def test_the_estimate_leaves_out_the_time_without_requests(
     build_fake_engine: BuildEngine, fake_model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A burst after a quiet night was told to come back in minutes: the night counted as time between two finishes."""
-    async with _running(build_fake_engine(max_batch_size=1, max_queue_size=1)) as engine:
+    async with running(build_fake_engine(max_batch_size=1, max_queue_size=1)) as engine:
         for uid in ("a", "b"):
             await _tokens(engine, _request(uid, [1]))
         await _until(lambda: engine._is_idle)
@@ -284,7 +272,7 @@ async def test_the_estimate_leaves_out_the_time_without_requests(
 async def test_closing_the_iterator_frees_the_blocks_with_the_steps_in_flight(
     build_fake_engine: BuildEngine, fake_model: Any
 ) -> None:
-    async with _running(build_fake_engine()) as engine:
+    async with running(build_fake_engine()) as engine:
         async with aclosing(engine.generate(_request("a", [1, 2], max_tokens=50, ignore_eos=True))) as chunks:
             await anext(chunks)
             fake_model.gate.clear()
@@ -299,7 +287,7 @@ async def test_closing_the_iterator_frees_the_blocks_with_the_steps_in_flight(
 async def test_closing_before_the_first_chunk_and_cancelling_a_reader_abort_too(
     build_fake_engine: BuildEngine, fake_model: Any
 ) -> None:
-    async with _running(build_fake_engine()) as engine:
+    async with running(build_fake_engine()) as engine:
         await engine.generate(_request("never read", [1])).aclose()
         assert engine.stats().num_waiting == 0
         fake_model.gate.clear()
@@ -315,7 +303,7 @@ async def test_closing_before_the_first_chunk_and_cancelling_a_reader_abort_too(
 async def test_a_late_close_does_not_hit_a_new_request_of_the_same_id(
     build_fake_engine: BuildEngine, fake_model: Any
 ) -> None:
-    async with _running(build_fake_engine()) as engine:
+    async with running(build_fake_engine()) as engine:
         old = engine.generate(_request("same", [1], max_tokens=1))
         assert (await anext(old)).finish_reason is FinishReason.LENGTH
         fake_model.gate.clear()
@@ -343,7 +331,7 @@ async def test_a_storm_of_aborts_leaves_the_others_whole(build_fake_engine: Buil
         assert received == expected[: len(received)]
         assert num_wanted is not None or received == expected
 
-    async with _running(build_fake_engine(num_blocks=11, max_queue_size=200)) as engine:
+    async with running(build_fake_engine(num_blocks=11, max_queue_size=200)) as engine:
         async with asyncio.timeout(60):
             await asyncio.gather(*(reader(engine, index) for index in range(150)))
         await _until(lambda: engine.stats().num_used_blocks == 0)
@@ -355,7 +343,7 @@ async def test_a_storm_of_aborts_leaves_the_others_whole(build_fake_engine: Buil
 async def test_a_slow_reader_holds_up_nobody_and_gets_everything_at_once(
     build_fake_engine: BuildEngine, fake_model: Any
 ) -> None:
-    async with _running(build_fake_engine()) as engine:
+    async with running(build_fake_engine()) as engine:
         slow = engine.generate(_request("slow", [1, 2], max_tokens=40, ignore_eos=True))
         first = await anext(slow)
         fast = await _tokens(engine, _request("fast", [3, 4], max_tokens=40, ignore_eos=True))
@@ -368,7 +356,7 @@ async def test_a_slow_reader_holds_up_nobody_and_gets_everything_at_once(
 
 async def test_a_request_that_makes_the_step_raise_fails_alone(build_fake_engine: BuildEngine, fake_model: Any) -> None:
     fake_model.raises_on = {62}
-    async with _running(build_fake_engine()) as engine:
+    async with running(build_fake_engine()) as engine:
         results = await asyncio.gather(
             *(_tokens(engine, _request(f"r{n}", [n, 62 if n == 3 else 0])) for n in range(6)), return_exceptions=True
         )
@@ -384,7 +372,7 @@ async def test_a_request_that_makes_the_step_raise_fails_alone(build_fake_engine
 
 async def test_not_a_number_fails_that_request_alone(build_fake_engine: BuildEngine, fake_model: Any) -> None:
     fake_model.nan_on = {61}
-    async with _running(build_fake_engine()) as engine:
+    async with running(build_fake_engine()) as engine:
         results = await asyncio.gather(
             *(_tokens(engine, _request(f"r{n}", [n, 61 if n == 2 else 0])) for n in range(4)), return_exceptions=True
         )
@@ -518,7 +506,7 @@ async def test_stopping_an_engine_that_never_started_is_fine(build_fake_engine: 
 
 
 async def test_the_event_loop_stays_free_while_a_step_runs(build_fake_engine: BuildEngine, fake_model: Any) -> None:
-    async with _running(build_fake_engine()) as engine:
+    async with running(build_fake_engine()) as engine:
         fake_model.gate.clear()
         task = asyncio.create_task(_tokens(engine, _request("a", [1])))
         await _until(lambda: engine.stats().num_running == 1)

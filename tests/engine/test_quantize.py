@@ -1,7 +1,6 @@
 """Whole runs of the quantizer on tiny checkpoints of every family, read back by readers that share no code with it."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +28,6 @@ OPTIONS: dict[str, Any] = {
     "skip_evaluation": True,
 }
 TOKENS = torch.randint(3, 131, (60,), generator=torch.Generator().manual_seed(5)).tolist()
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Matrices this small only lose by being shared out."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
 
 
 def checkpoint(case: FamilyCase, folder: Path) -> Path:

@@ -1,15 +1,12 @@
 """AWQ's searches against the same searches written as loops over explicit inputs."""
 
-import json
-from pathlib import Path
-
 import pytest
 import torch
+from reference_words import read_formats
 
 from lmdserve.engine.quantize.rounding import Rounding, full_range, round_weight
 from lmdserve.engine.quantize.search import search_range, search_scale
 
-VECTORS = Path(__file__).parents[3] / "shared" / "fixtures" / "quant_formats.json"
 GROUP = 8
 ROUNDINGS = [
     Rounding(GROUP, symmetric, dtype) for symmetric in (False, True) for dtype in (torch.float16, torch.bfloat16)
@@ -48,10 +45,9 @@ def test_rounding_is_the_formats_definition(rounding: Rounding) -> None:
             torch.testing.assert_close(found, torch.tensor(expected), rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.skipif(not VECTORS.is_file(), reason="needs the vectors of quantized formats")
 def test_rounding_to_nearest_is_autoawqs() -> None:
     """AutoAWQ's packer on the same weights: its zero points and scales, and its codes but for one tie."""
-    vectors = json.loads(VECTORS.read_text())
+    vectors = read_formats()
     weight = torch.tensor(vectors["W"])
     rounding = Rounding(8, False, torch.float16)
     actual = round_weight(weight, *full_range(rounding.grouped(weight)), rounding)

@@ -1,37 +1,19 @@
 """4-bit layouts against words that reference packers wrote, and round trips over all sizes."""
 
-import json
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from reference_words import fp16, read_formats, words
 
 from lmdserve.kernels import layout
 
-FIXTURE = Path(__file__).parents[3] / "shared" / "fixtures" / "quant_formats.json"
 
-
-@pytest.fixture(scope="module")
+@pytest.fixture
 def formats() -> dict[str, Any]:
-    if not FIXTURE.is_file():
-        pytest.skip("the shared fixtures are not beside this checkout")
-    return json.loads(FIXTURE.read_text())
-
-
-def words(values: list[list[str]]) -> torch.Tensor:
-    return torch.from_numpy(
-        np.array([[int(word, 16) for word in row] for row in values], dtype=np.uint32).view(np.int32)
-    )
-
-
-def fp16(values: list[list[str]]) -> torch.Tensor:
-    return torch.from_numpy(
-        np.array([[int(word, 16) for word in row] for row in values], dtype=np.uint16).view(np.float16)
-    )
+    return read_formats()
 
 
 def test_awq_packing_writes_the_reference_words(formats: dict[str, Any]) -> None:
