@@ -15,6 +15,7 @@ _ERROR_TEXTS = {
     403: "Orders are off here; the message says how to turn them on",
     404: "No such job",
     409: "What the server is or does now stands in the way: another job, no way back, or a gate that fails",
+    408: "The body did not arrive in time",
     413: "The body is too large",
     415: "The body is not sent as JSON",
     422: "A gate was asked for and the checkpoint has no measurement",
@@ -78,7 +79,7 @@ def _order(
         "operationId": operation_id,
         "security": _SECURITY,
         "requestBody": {"required": is_required, **_json(body)},
-        "responses": {"202": accepted, **(replies or {}), **_errors(400, 401, 403, 409, 413, 415, 500, *errors)},
+        "responses": {"202": accepted, **(replies or {}), **_errors(400, 401, 403, 408, 409, 413, 415, 500, *errors)},
     }
 
 

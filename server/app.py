@@ -20,6 +20,7 @@ from .address import cannot_listen
 from .admin import make_admin
 from .auth import AdminDoor, KeyRing
 from .config import ServerConfig, check_admin
+from .http_log import logger as http_logger
 from .metrics import ServerMetrics
 from .middleware import MIDDLEWARES, add_headers
 from .model import ServedModel
@@ -90,7 +91,9 @@ async def serve(app: web.Application, config: ServerConfig, *, on_listening: Cal
 @asynccontextmanager
 async def listening(app: web.Application, config: ServerConfig) -> AsyncIterator[str]:
     """Run the application on its address while the context lasts; gives the URL, with the real port."""
-    runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=FLUSH_TIMEOUT_S)
+    runner = web.AppRunner(
+        app, handler_cancellation=True, access_log=None, logger=http_logger, shutdown_timeout=FLUSH_TIMEOUT_S
+    )
     await runner.setup()
     try:
         await _bind(runner, config)

@@ -119,6 +119,14 @@ class MethodNotAllowedError(ApiError):
         return super().headers() | {"Allow": ", ".join(self.allowed)}
 
 
+class BodyTimeoutError(ApiError):
+    """A body that does not arrive."""
+
+    status = 408
+    type = "invalid_request_error"
+    code = "body_timeout"
+
+
 class BodyTooLargeError(ApiError):
     """A body over the server's limit."""
 

@@ -15,7 +15,7 @@ from aiohttp import web
 from aiohttp.typedefs import Handler
 
 from .errors import ApiError, BodyTooLargeError, HttpError, MethodNotAllowedError, RouteNotFoundError, describe
-from .routes import GENERATING_PATHS
+from .routes import GENERATING_PATHS, OTHER_APIS
 from .services import ARRIVED_S, FAILURE, PROMPT_PARAM, REQUEST_ID, SERVICES
 
 access_logger = logging.getLogger("lmdserve.access")
@@ -155,7 +155,7 @@ def _allowed_origin(request: web.Request) -> str | None:
 def _from_http(request: web.Request, error: web.HTTPException) -> ApiError:
     match error:
         case web.HTTPNotFound():
-            return RouteNotFoundError(f"there is no {request.path[:200]} here; {_nearest(request)}")
+            return RouteNotFoundError(f"there is no {request.path[:200]} here; {_instead(request)}")
         case web.HTTPMethodNotAllowed():
             allowed = sorted(error.allowed_methods)
             return MethodNotAllowedError(
@@ -170,7 +170,10 @@ def _from_http(request: web.Request, error: web.HTTPException) -> ApiError:
     return HttpError(error.status, f"{error.reason} ({error.text})" if error.text else error.reason)
 
 
-def _nearest(request: web.Request) -> str:
+def _instead(request: web.Request) -> str:
+    path = request.path.rstrip("/") or "/"
+    if path in OTHER_APIS:
+        return OTHER_APIS[path]
     paths = [resource.canonical for resource in request.app.router.resources()]
     nearest = difflib.get_close_matches(request.path[:200], paths, n=1, cutoff=0.5)
     return f"did you mean {nearest[0]}?" if nearest else "see /openapi.json for what there is"

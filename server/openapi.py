@@ -64,7 +64,7 @@ def _generation(operation_id: str, body: dict[str, Any], object_name: str) -> di
     return {
         "operationId": operation_id,
         "requestBody": {"required": True, "content": {"application/json": {"schema": body}}},
-        "responses": {"200": success, **_errors(400, 401, 404, 413, 415, 422, 429, 500, 503)},
+        "responses": {"200": success, **_errors(400, 401, 404, 408, 413, 415, 422, 429, 500, 503)},
     }
 
 
@@ -83,7 +83,7 @@ def _render(body: dict[str, Any]) -> dict[str, Any]:
     return {
         "operationId": "renderChat",
         "requestBody": {"required": True, "content": {"application/json": {"schema": body}}},
-        "responses": {"200": success, **_errors(400, 401, 404, 413, 415, 500)},
+        "responses": {"200": success, **_errors(400, 401, 404, 408, 413, 415, 500)},
     }
 
 
@@ -120,6 +120,7 @@ _ERROR_TEXTS = {
     400: "A field is malformed, out of its limits or not supported; param names it",
     401: "No API key, or a wrong one",
     404: "No such model",
+    408: "The body did not arrive in time",
     413: "The body is too large",
     415: "The body is not sent as JSON",
     422: "The answer breaks a part of its schema that no grammar enforces; failed_generation is its text",

@@ -1,10 +1,13 @@
 """Every way to fail, seen from a client: status, OpenAI's error object, and what the headers say about trying again."""
 
+import json
+import logging
 from typing import Any
 
 import aiohttp
 import openai
 import pytest
+from raw_http import RawClient
 from server_fakes import FakeEngine, answer, chat_body
 
 from lmdserve.engine.api import (
@@ -18,6 +21,7 @@ from lmdserve.engine.api import (
     InvalidRequestError,
     QueueFullError,
 )
+from lmdserve.server.routes import OTHER_APIS, bodies, routes
 
 CHAT = "/v1/chat/completions"
 
@@ -121,6 +125,9 @@ async def test_an_answer_without_an_end_is_no_answer(
         ("GET", "/", 404, ["/openapi.json"]),
         ("POST", "/v1/chat/completion", 404, ["did you mean /v1/chat/completions?"]),
         ("POST", "/chat/completions", 404, ["did you mean /v1/chat/completions?"]),
+        ("POST", "/v1/responses", 404, ["/v1/responses", "use /v1/chat/completions"]),
+        ("POST", "/v1/messages/", 404, ["use /v1/chat/completions"]),
+        ("POST", "/v1/embeddings", 404, ["makes no embeddings"]),
         ("GET", "/v1/model", 404, ["did you mean /v1/models?"]),
         ("GET", "/v1/chat/completions", 405, ["use POST"]),
         ("DELETE", "/v1/models", 405, ["use GET or HEAD"]),
@@ -191,3 +198,51 @@ async def test_an_unforeseen_engine_error_type_is_still_an_answer(
     async with session.post(url + CHAT, json=chat_body()) as reply:
         assert reply.status == 500
         assert "error" in await reply.json()
+
+
+def test_no_other_api_is_ours() -> None:
+    assert not OTHER_APIS.keys() & {route.path for route in routes()}
+
+
+@pytest.mark.parametrize(
+    ("headers", "data"), [("Content-Encoding: gzip\r\n", b"no gzip"), ("Content-Encoding: deflate\r\n", b"\xff" * 9)]
+)
+async def test_a_body_that_is_not_encoded_as_it_claims_is_the_clients_mistake(
+    url: str, headers: str, data: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It was reported as an internal error, with a traceback in the log."""
+    async with RawClient(url) as client:
+        head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n{headers}"
+        client.writer.write(f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
+        status, reply_headers = await client.read_head()
+        error = json.loads(await client.reader.readexactly(int(reply_headers["content-length"])))["error"]
+    assert (status, error["param"]) == (400, "body")
+    assert "not encoded as its headers say" in error["message"]
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+
+async def test_a_body_that_does_not_arrive_is_not_waited_for_without_end(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bodies, "BODY_TIMEOUT_S", 0.05)
+    async with RawClient(url) as client:
+        head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n"
+        client.writer.write(head.encode() + b"{")
+        status, headers = await client.read_head()
+        error = json.loads(await client.reader.readexactly(int(headers["content-length"])))["error"]
+    assert (status, error["param"], error["code"]) == (408, "body", "body_timeout")
+
+
+@pytest.mark.parametrize(
+    "data", [b"GET /health HTTP/1.1\r\nContent-Length: -5\r\n\r\n", b"GET /health\0 HTTP/1.1\r\n\r\n"]
+)
+async def test_what_is_no_http_is_one_line_in_the_log(url: str, data: bytes, caplog: pytest.LogCaptureFixture) -> None:
+    """Each probe of a port scanner left a traceback at level ERROR."""
+    with caplog.at_level(logging.INFO):
+        async with RawClient(url) as client:
+            client.writer.write(data)
+            assert (await client.read_head())[0] == 400
+    (record,) = [record for record in caplog.records if record.name == "lmdserve.http"]
+    assert (record.levelname, record.exc_info) == ("INFO", None)
+    assert record.getMessage().startswith("no valid HTTP: ")
+    assert "\n" not in record.getMessage()
