@@ -3,8 +3,9 @@
 Convention: a window of n tokens gives n - 1 predictions, each from the tokens before it in the window; perplexity is
 exp of the mean negative log-likelihood over all of them. With windows of 2048 tokens of wikitext2's test split that is
 the usual figure of the quantization papers (GPTQ's `wikitext2`). KL divergence is the mean of KL(reference || model)
-over the same predictions, in nats. Errors are those of a mean of independent predictions; that of the increase is of
-the two models' differences, prediction by prediction, which is far smaller than that of either perplexity.
+over the same predictions, in nats. Errors are those of a mean of independent windows: predictions of one text are
+alike, and taken as independent they made the error of a divergence on prose an eighth of this one. The error of the
+increase is that of the two models' differences, which is far smaller than that of either perplexity.
 
 Models are in memory one after the other: of the reference its final hidden states are kept, on the host, and its head.
 Logits exist for a few rows at a time.
@@ -41,7 +42,7 @@ class Reference:
     """What other models are measured against: final hidden states on the host, and the head that belongs to them."""
 
     def __init__(self, hidden_states: torch.Tensor, head: Head, vocab_size: int, surprisals: torch.Tensor) -> None:
-        """hidden_states [num_windows, seqlen, hidden_size] and surprisals float64 [num_predictions], on the host."""
+        """On the host: hidden_states [num_windows, seqlen, hidden_size], surprisals as `_Scores` has them."""
         self._hidden_states = hidden_states
         self._head = head
         self.vocab_size = vocab_size
@@ -84,7 +85,7 @@ class LoadedModel:
                 f"{self._folder} has {self.config.vocab_size} tokens and the model it is compared with "
                 f"{reference.vocab_size}; only models of one vocabulary can be compared"
             )
-        head, scores, first = head_of(self._model), _Scores(), 0
+        head, scores, first = head_of(self._model), _Scores(len(windows)), 0
         for part, hidden in self._passes(windows, quant_policy, on_progress):
             predictions = _predictions(part, hidden, self.config.vocab_size)
             if reference is None:
@@ -132,7 +133,7 @@ def reference_from(
 
     hidden_states [num_windows, seqlen, hidden_size] of a model with its KV cache in 16 bits, whoever computed them.
     """
-    scores = _Scores()
+    scores = _Scores(len(windows))
     for part, hidden in zip(windows, hidden_states, strict=True):
         for rows, targets in _predictions(part[None].to(device), hidden[None].to(device), config.vocab_size):
             log_probabilities = functional.log_softmax(head(rows), -1)
@@ -175,7 +176,8 @@ def evaluate(
 class _Scores:
     """Numbers for each prediction, kept on the device until they are asked for."""
 
-    def __init__(self) -> None:
+    def __init__(self, num_windows: int) -> None:
+        self._num_windows = num_windows
         self._surprisals: list[torch.Tensor] = []
         self._divergences: list[torch.Tensor] = []
         self._agreements: list[torch.Tensor] = []
@@ -189,16 +191,19 @@ class _Scores:
             self._agreements.append(log_probabilities.argmax(-1) == expected.argmax(-1))
 
     def surprisals(self) -> torch.Tensor:
-        """Return the negative log-likelihood of what came, in nats; float64 [num_predictions], on the host."""
-        return _on_host(self._surprisals)
+        """Return the negative log-likelihood of what came, in nats; float64 [num_windows, seqlen - 1], on the host."""
+        return self._by_window(self._surprisals)
 
     def divergences(self) -> torch.Tensor:
-        """Return KL(expected || said), in nats; float64 [num_predictions], on the host."""
-        return _on_host(self._divergences)
+        """Return KL(expected || said), in nats; float64 [num_windows, seqlen - 1], on the host."""
+        return self._by_window(self._divergences)
 
     def top1_agreement(self) -> float:
         """Return the share of predictions with the same likeliest token."""
-        return float(_on_host(self._agreements).mean())
+        return float(self._by_window(self._agreements).mean())
+
+    def _by_window(self, parts: list[torch.Tensor]) -> torch.Tensor:
+        return torch.cat(parts).to("cpu", torch.float64).view(self._num_windows, -1)
 
 
 def _row(config: ModelConfig, quant_policy: QuantPolicy, scores: _Scores, reference: Reference | None) -> QualityRow:
@@ -222,12 +227,9 @@ def _row(config: ModelConfig, quant_policy: QuantPolicy, scores: _Scores, refere
 
 
 def _error_of_mean(values: torch.Tensor) -> torch.Tensor:
-    """Return the standard error of the mean of independent values; not a number when there is only one."""
-    return values.std() / len(values) ** 0.5 if len(values) > 1 else torch.tensor(torch.nan)
-
-
-def _on_host(parts: list[torch.Tensor]) -> torch.Tensor:
-    return torch.cat(parts).to("cpu", torch.float64)
+    """Return the standard error of the mean of [num_windows, any]; not a number when there is only one window."""
+    means = values.mean(1)
+    return means.std() / len(means) ** 0.5 if len(means) > 1 else torch.tensor(torch.nan)
 
 
 def _predictions(

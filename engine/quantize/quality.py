@@ -1,7 +1,7 @@
 """What a checkpoint answers compared with the 16-bit model: figures, their errors, and how people are shown them.
 
 Who measures is `evaluation.py`. Ratios are fractions (0.01 is one percent); a number that was not finite is null, so a
-gate must refuse null. Errors are standard errors of the mean over the measured tokens. No torch.
+gate must refuse null. Errors are standard errors of the mean over windows of text, null when there was one. No torch.
 """
 
 import msgspec
