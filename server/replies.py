@@ -108,7 +108,7 @@ class _Format:
 
 
 class ChatFormat(_Format):
-    """`chat.completion` and `chat.completion.chunk`."""
+    """`chat.completion` and `chat.completion.chunk`. `refusal`, which OpenAI's schema requires, is always null."""
 
     whole_object = "chat.completion"
     chunk_object = "chat.completion.chunk"
@@ -135,7 +135,7 @@ class ChatFormat(_Format):
 
     def _whole_choice(self, index: int, parts: "_Parts") -> dict[str, Any]:
         content, calls, reasoning = fold(parts.events)
-        message: dict[str, Any] = {"role": "assistant", "content": content}
+        message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
         if self._choices[index].plan.reasoning_format is not None:
             message |= _reasoning(reasoning)
         if calls:
@@ -158,7 +158,7 @@ class ChatFormat(_Format):
         return self._chunk({"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason})
 
     def _logprobs(self, entries: Sequence[TokenEntry]) -> dict[str, Any]:
-        return {"content": [self._chat_entry(entry) for entry in entries]}
+        return {"content": [self._chat_entry(entry) for entry in entries], "refusal": None}
 
     def _chat_entry(self, entry: TokenEntry) -> dict[str, Any]:
         top = [self._chat_token(token_id, logprob) for token_id, logprob in entry.top]

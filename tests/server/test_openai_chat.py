@@ -5,6 +5,7 @@ import threading
 from collections.abc import AsyncIterator
 from typing import Any
 
+import aiohttp
 import openai
 import pytest
 from server_fakes import CONTROL_IDS, IM_END, SESSION_LEN, FakeEngine, answer, text_ids, with_logprobs
@@ -378,6 +379,20 @@ async def test_a_long_prompt_is_rendered_off_the_event_loop(
     assert threads[0] == threading.main_thread().name
     assert threads[1].startswith("lmdserve-prompt")
     assert engine.requests[1].prompt_token_ids.count(ord("x")) == 2500
+
+
+async def test_what_openais_schema_requires_is_there(session: aiohttp.ClientSession, url: str) -> None:
+    """Clients generated from the schema refuse a message without `refusal`, which is required and may be null."""
+    body = {"messages": USER, "logprobs": True}
+    async with session.post(url + "/v1/chat/completions", json=body) as reply:
+        whole = await reply.json()
+    (choice,) = whole["choices"]
+    assert whole.keys() == {"id", "object", "created", "model", "choices", "usage"}
+    assert choice.keys() == {"index", "message", "logprobs", "finish_reason"}
+    assert choice["message"].keys() == {"role", "content", "refusal"}
+    assert choice["message"]["refusal"] is None
+    assert choice["logprobs"].keys() == {"content", "refusal"}
+    assert choice["logprobs"]["refusal"] is None
 
 
 async def test_models(client: openai.AsyncOpenAI) -> None:

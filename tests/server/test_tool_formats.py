@@ -185,7 +185,7 @@ async def test_reasoning_counts_as_tokens_and_is_cut_by_the_token_limit(served_m
         reply = await served.post(max_tokens=4)
         (choice,) = reply["choices"]
         assert choice["message"] == {
-            "role": "assistant", "content": "", "reasoning_content": "Hm", "reasoning": "Hm"
+            "role": "assistant", "content": "", "refusal": None, "reasoning_content": "Hm", "reasoning": "Hm"
         }  # fmt: skip
         assert choice["finish_reason"] == "length"
         assert reply["usage"]["completion_tokens"] == len("\nHm") + 1
