@@ -22,6 +22,13 @@ EXIT_INTERRUPTED = 130  # as shells report a program ended by SIGINT
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status."""
+    try:
+        return _run(argv)
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+
+
+def _run(argv: Sequence[str] | None) -> int:
     parser = _parser()
     arguments = parser.parse_args(argv)
     import asyncio
@@ -33,10 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         client = AsyncClient(arguments.url, arguments.api_key)
     except (SettingError, ValueError) as error:
         parser.error(str(error))
-    try:
-        return asyncio.run(talk(client, options, piped_message()))
-    except KeyboardInterrupt:
-        return EXIT_INTERRUPTED
+    return asyncio.run(talk(client, options, piped_message()))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -8,6 +8,7 @@ lone http.py beside a script would hide the standard library's `http`.)
 import asyncio
 import json
 import os
+import ssl
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager, suppress
 from types import TracebackType
@@ -221,6 +222,10 @@ async def _read_to_end(response: aiohttp.ClientResponse) -> None:
 def _reason(error: BaseException) -> str:
     if isinstance(error, aiohttp.ClientConnectorError):
         cause = error.os_error
+        if isinstance(cause, ssl.SSLCertVerificationError):
+            return f"its certificate is not trusted: {cause.verify_message}"
+        if isinstance(cause, ssl.SSLError):  # its errno is no system's
+            return f"no TLS there: {cause.reason}; an address without TLS begins with http://"
         if cause.errno is not None and cause.errno > 0:
             return os.strerror(cause.errno)
         return cause.strerror or str(cause)

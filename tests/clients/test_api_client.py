@@ -194,6 +194,22 @@ async def test_ctrl_c_on_a_terminal_stops_the_answer_and_ctrl_d_the_program(
     assert "+go on" in (tmp_path / ".local/state/lmdserve/history").read_text()
 
 
+def test_ctrl_c_while_modules_are_imported_is_quiet() -> None:
+    program = (
+        "import builtins, os, signal, sys\n"
+        "from lmdserve.clients.api_client import main\n"
+        "load = builtins.__import__\n"
+        "def importing(name, *args):\n"
+        "    if name == 'aiohttp':\n"
+        "        os.kill(os.getpid(), signal.SIGINT)\n"
+        "    return load(name, *args)\n"
+        "builtins.__import__ = importing\n"
+        "sys.exit(main([]))"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    assert (result.returncode, result.stderr) == (api_client.EXIT_INTERRUPTED, "")
+
+
 def test_help_needs_no_heavy_import() -> None:
     """`--help` in under 0.3 s: aiohttp, rich and prompt_toolkit cost more than that together."""
     code = "import atexit, sys; from lmdserve.clients.api_client import main; "

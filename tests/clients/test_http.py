@@ -225,6 +225,13 @@ async def test_a_reply_that_is_not_an_apis_is_called_so(client: AsyncClient, fak
         await client.chat(HI)
 
 
+async def test_https_to_a_server_without_tls_says_so(fake_server: Any) -> None:
+    """It said "Operation not permitted": the number of the TLS error, read as one of the system's."""
+    async with AsyncClient(fake_server.url.replace("http:", "https:")) as client:
+        with pytest.raises(ConnectionFailed, match=r"no TLS there: .*begins with http://"):
+            await client.models()
+
+
 async def test_a_closed_port_is_named_with_what_to_try() -> None:
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
