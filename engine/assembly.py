@@ -12,15 +12,13 @@ import torch
 from .config import HeadBits
 from .layers import MLP, Attention, DecoderLayer, RMSNorm
 from .linear import Linear
+from .memory_device import NO_CAPABILITY
+from .memory_sizes import is_fused
 from .model_config import ModelConfig
 from .models.decoder import Decoder
 
 if TYPE_CHECKING:
     from .models.fused_decoder import FusedDecoder
-
-_FUSED_HEAD_DIMS = (64, 128)
-_FUSED_DTYPES = (torch.float16, torch.bfloat16)
-_FUSED_CAPABILITY = (8, 0)  # before it Triton has no tensor cores: the plain decoder dequantizes and calls cuBLAS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,12 +68,8 @@ def choose_assembly(config: ModelConfig, dtype: torch.dtype, device: torch.devic
 
 def can_fuse(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> bool:
     """Say whether the fused decoder's kernels cover this model on this device."""
-    return (
-        device.type == "cuda"
-        and dtype in _FUSED_DTYPES
-        and config.head_dim in _FUSED_HEAD_DIMS
-        and torch.cuda.get_device_capability(device) >= _FUSED_CAPABILITY
-    )
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else NO_CAPABILITY
+    return is_fused(config, dtype.itemsize, capability)
 
 
 class PlainAssembly:

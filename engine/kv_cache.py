@@ -1,7 +1,7 @@
 """The memory of keys and values: one pool of blocks a layer, plain or quantized, with its scales beside it.
 
-Owns the tensors and what a block costs. Which block belongs to whom is `blocks`' business; the arithmetic of
-quantizing, appending and reading is the kernels'.
+Owns the tensors. Which block belongs to whom is `blocks`' business, what a block costs `memory_sizes`'; the arithmetic
+of quantizing, appending and reading is the kernels'.
 """
 
 import torch
@@ -39,7 +39,8 @@ class KVCache:
         self.bits = quant_policy or dtype.itemsize * 8
         self.dtype = dtype
         places = (config.num_layers, 2, num_blocks, config.num_kv_heads, block_size)
-        width, data_dtype = _stored_width(config, quant_policy), dtype if quant_policy == 0 else torch.uint8
+        width = config.head_dim // 2 if quant_policy == 4 else config.head_dim
+        data_dtype = dtype if quant_policy == 0 else torch.uint8
         self._data = torch.zeros((*places, width), dtype=data_dtype, device=device).unbind(0)
         self._scales: tuple[torch.Tensor | None, ...] = (None,) * config.num_layers
         if quant_policy != 0:
@@ -48,14 +49,3 @@ class KVCache:
     def layer(self, layer: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return a layer's data and scales (None when not quantized), as the kernels take them."""
         return self._data[layer], self._scales[layer]
-
-    @staticmethod
-    def bytes_per_block(config: ModelConfig, *, block_size: int, quant_policy: QuantPolicy, dtype: torch.dtype) -> int:
-        """Return what one block takes in all layers: keys, values and, when quantized, 4 bytes of scales for each."""
-        row_bytes = _stored_width(config, quant_policy) * (dtype.itemsize if quant_policy == 0 else 1)
-        scale_bytes = 0 if quant_policy == 0 else 2 * _SCALE_DTYPE.itemsize
-        return config.num_layers * 2 * config.num_kv_heads * block_size * (row_bytes + scale_bytes)
-
-
-def _stored_width(config: ModelConfig, quant_policy: QuantPolicy) -> int:
-    return config.head_dim // 2 if quant_policy == 4 else config.head_dim

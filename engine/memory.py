@@ -17,6 +17,7 @@ from .memory_sizes import (
     Part,
     StepSizes,
     dequantized_kv_bytes,
+    is_fused,
     kv_block_bytes,
     runtime_parts,
     weight_bytes,
@@ -35,10 +36,6 @@ DEFAULT_PREFILL_TOKENS = {"cuda": 8192, "cpu": 2048}
 # Sequences at once. 256 take 0.35 GiB of buffers for a vocabulary of 92544. Two CPU cores make 501 tokens/s of the demo
 # model with 8 sequences and 756 with 32.
 DEFAULT_BATCH_SIZE = {"cuda": 256, "cpu": 64}
-
-# The fused decoder's condition, in words for a plan made without torch (engine/assembly.py: can_fuse).
-_FUSED_CAPABILITY = (8, 0)
-_FUSED_HEAD_DIMS = (64, 128)
 
 
 class KVCachePlan(NamedTuple):
@@ -101,7 +98,7 @@ def plan_memory(config: EngineConfig, model_config: ModelConfig, device: MemoryD
     """Return the plan for these options; raise ConfigError, with numbers and what to change, when it does not fit."""
     dtype_name = resolve_dtype_name(config, model_config, device.kind)
     itemsize = 4 if dtype_name == "float32" else 2
-    form = ComputeForm(itemsize, _is_fused(model_config, device, itemsize), config.lm_head_bits)
+    form = ComputeForm(itemsize, is_fused(model_config, itemsize, device.capability), config.lm_head_bits)
     if form.head_bits == 8 and not form.is_fused:
         raise ConfigError(
             "--lm-head-bits 8 is for 16-bit types on a GPU of compute capability 8.0 or more, and this model would be "
@@ -210,10 +207,6 @@ def plan_kv_cache(
 
 def _num_draft_tokens(config: EngineConfig) -> int:
     return config.num_draft_tokens if config.speculate == "ngram" else 0
-
-
-def _is_fused(model_config: ModelConfig, device: MemoryDevice, itemsize: int) -> bool:
-    return device.capability >= _FUSED_CAPABILITY and itemsize == 2 and model_config.head_dim in _FUSED_HEAD_DIMS
 
 
 def _limit_bytes(config: EngineConfig, device: MemoryDevice) -> int:

@@ -20,6 +20,7 @@ _FIRST_UUID_LETTERS = ("GPU-", "MIG-")
 # Measured on an H200 with torch 2.11 and CUDA 13: a context in which no kernel has run yet.
 NEW_CONTEXT_BYTES = 527 * 2**20
 
+NO_CAPABILITY = (0, 0)  # of a CPU
 # What an unknown GPU is planned as when only its size is given.
 _ASSUMED_CAPABILITY = (8, 0)
 
@@ -31,7 +32,7 @@ class MemoryDevice(NamedTuple):
     name: str
     total_bytes: int
     free_bytes: int
-    capability: tuple[int, int] = (0, 0)  # CUDA compute capability
+    capability: tuple[int, int] = NO_CAPABILITY  # CUDA compute capability
 
 
 class _MemoryInfo(ctypes.Structure):

@@ -50,6 +50,12 @@ _INT8_SCRATCH_ROWS = 4096  # kernels/w8a16.py
 _SCALE_BYTES_PER_KV_ROW = 4  # scale and minimum of a token and head in 16 bits each (engine/kv_cache.py)
 
 
+# What the fused decoder's kernels cover beside 16-bit types. Before this capability Triton has no tensor cores: the
+# plain decoder dequantizes and calls cuBLAS.
+_FUSED_HEAD_DIMS = (64, 128)
+_FUSED_CAPABILITY = (8, 0)
+
+
 class ComputeForm(NamedTuple):
     """How a model computes: bytes of a number, and whether by the fused decoder's kernels (engine/assembly.py)."""
 
@@ -84,6 +90,11 @@ class StepSizes:
     max_logit_rows: int
     num_slots: int
     max_blocks_per_slot: int
+
+
+def is_fused(config: ModelConfig, itemsize: int, capability: tuple[int, int]) -> bool:
+    """Say whether a model is computed by the fused decoder, in a type of this size on a device of this capability."""
+    return itemsize == 2 and config.head_dim in _FUSED_HEAD_DIMS and capability >= _FUSED_CAPABILITY
 
 
 def layer_linears(config: ModelConfig) -> list[LinearShape]:

@@ -1,7 +1,7 @@
 """The fixed memory of a fused decoder's steps: intermediate results, and what the device knows of each slot.
 
-Owns the tensors and what they cost, so that the memory plan can count them before anything is allocated. Nothing here
-is freed or moved while the engine lives: CUDA graphs hold the addresses.
+Owns the tensors; `memory_sizes.py` counts them before anything is allocated. Nothing here is freed or moved while the
+engine lives: CUDA graphs hold the addresses.
 """
 
 from dataclasses import dataclass
@@ -68,10 +68,3 @@ class SlotTables:
         self.block_tables = torch.zeros((slots, limits.max_blocks_per_slot), dtype=torch.int32, device=device)
         self.frequencies = torch.zeros((slots, config.head_dim // 2), dtype=torch.float32, device=device)
         self.last_token_ids = torch.zeros(slots, dtype=torch.int32, device=device)
-
-
-def buffer_bytes(config: ModelConfig, limits: StepLimits, dtype: torch.dtype) -> int:
-    """Return what StepBuffers and SlotTables take together."""
-    buffers = StepBuffers(config, limits, dtype=dtype, device=torch.device("meta"))
-    tables = SlotTables(config, limits, device=torch.device("meta"))
-    return sum(tensor.nbytes for owner in (buffers, tables) for tensor in vars(owner).values())

@@ -30,7 +30,7 @@ from lmdserve.engine.memory_sizes import (
 )
 from lmdserve.engine.model_config import ModelConfig
 from lmdserve.engine.reordered_linear import gather_scratch
-from lmdserve.engine.step_buffers import StepLimits, buffer_bytes
+from lmdserve.engine.step_buffers import SlotTables, StepBuffers, StepLimits
 
 FUSED, PLAIN = ComputeForm(2, True), ComputeForm(4, False)
 QUANTIZATION = {"quant_method": "awq", "version": "gemm", "bits": 4, "group_size": 128, "zero_point": True}
@@ -133,8 +133,10 @@ def test_kv_blocks(tmp_path: Path, quant_policy: Any, dtype: torch.dtype) -> Non
 @pytest.mark.parametrize("max_tokens", [7, 300])
 def test_step_buffers(tmp_path: Path, max_tokens: int) -> None:
     config = _config(tmp_path)
-    sizes = SIZES | {"max_tokens": max_tokens}
-    expected = buffer_bytes(config, StepLimits(**sizes), torch.float16)
+    sizes, meta = SIZES | {"max_tokens": max_tokens}, torch.device("meta")
+    buffers = StepBuffers(config, StepLimits(**sizes), dtype=torch.float16, device=meta)
+    tables = SlotTables(config, StepLimits(**sizes), device=meta)
+    expected = sum(tensor.nbytes for owner in (buffers, tables) for tensor in vars(owner).values())
     assert step_buffer_bytes(config, StepSizes(**sizes), 2) == expected
 
 
