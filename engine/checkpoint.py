@@ -18,6 +18,7 @@ from .shard_reader import read_to_device, stored_tensors
 
 _SAFETENSORS_STEM = "model"
 _BIN_STEM = "pytorch_model"
+_LFS_MARK = b"version https://git-lfs"  # what a clone without git-lfs has in place of large files
 
 
 class Checkpoint:
@@ -69,7 +70,7 @@ class Checkpoint:
         try:
             return safe_open(file, framework="pt", device="cpu")
         except (SafetensorError, OSError) as error:
-            raise ConfigError(f"{file} cannot be read ({_first_line(error)}); download the checkpoint again") from None
+            raise _unreadable(file, error, "download the checkpoint again") from None
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -103,12 +104,21 @@ def _load_bin(file: Path) -> dict[str, torch.Tensor]:
     try:
         tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except (pickle.UnpicklingError, RuntimeError, OSError, EOFError) as error:
-        raise ConfigError(
-            f"{file} cannot be read as tensors only ({_first_line(error)}); convert it to safetensors"
-        ) from None
+        raise _unreadable(file, error, "convert it to safetensors") from None
     if not isinstance(tensors, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
         raise ConfigError(f"{file} holds no dictionary of tensors; convert it to safetensors")
     return tensors
+
+
+def _unreadable(file: Path, error: Exception, advice: str) -> ConfigError:
+    if not isinstance(error, OSError) and _starts_with(file, _LFS_MARK):
+        return ConfigError(f"{file} is a pointer of git-lfs, not the weights; run `git lfs pull` in its folder")
+    return ConfigError(f"{file} cannot be read as tensors ({_first_line(error)}); {advice}")
+
+
+def _starts_with(file: Path, mark: bytes) -> bool:
+    with file.open("rb") as opened:
+        return opened.read(len(mark)) == mark
 
 
 def _first_line(error: Exception) -> str:

@@ -69,9 +69,19 @@ def read_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise ConfigError(
             f"{path} does not exist; --model needs a folder in Hugging Face layout, with config.json and the weights"
+            f"{_what_else_is_there(path.parent)}"
         ) from None
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} cannot be read as JSON ({error}); download the checkpoint again") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path} holds no JSON object; download the checkpoint again")
     return values
+
+
+def _what_else_is_there(folder: Path) -> str:
+    """Return the end of an error about a folder that is no checkpoint, but something that people take for one."""
+    if any(folder.glob("*.gguf")):
+        return "; GGUF files are not read, so take the checkpoint that they were made from"
+    if (folder / "adapter_config.json").is_file():
+        return "; adapters are not read, so merge this one into its base model"
+    return ""

@@ -2,9 +2,12 @@
 
 from pathlib import Path
 
+import msgspec
+
 from lmdserve.engine.api import ConfigError
 
 from .model_folder import read_json_object
+from .protocol import SamplingFields
 
 SAMPLING_KEYS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
@@ -27,4 +30,8 @@ def load_generation_defaults(folder: Path) -> dict[str, float | int]:
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise ConfigError(f"{path}: {key!r} is {value!r}, which is not a number; correct or remove it")
         defaults[key] = value
+    try:
+        msgspec.convert(defaults, SamplingFields)  # what a request may not ask for is no default either
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"{path}: {error}; correct or remove it") from None
     return defaults

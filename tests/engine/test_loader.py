@@ -169,7 +169,15 @@ def test_unreadable_folders_are_named(tensors: Tensors, config: dict[str, Any], 
     (folder / "model.safetensors").write_bytes(b"not safetensors at all")
     with pytest.raises(ConfigError, match=r"model\.safetensors cannot be read"):
         load(folder)
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 123\n"
+    (folder / "model.safetensors").write_text(pointer)
+    with pytest.raises(ConfigError, match=r"model\.safetensors is a pointer of git-lfs.*git lfs pull"):
+        load(folder)
     (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_text(pointer)
+    with pytest.raises(ConfigError, match=r"pytorch_model\.bin is a pointer of git-lfs"):
+        load(folder)
+    (folder / "pytorch_model.bin").unlink()
     write_shards(folder, tensors, "model", ".safetensors", lambda part, file: save_file(part, file))
     (folder / "model-00002-of-00003.safetensors").unlink()
     with pytest.raises(ConfigError, match=r"lacks 1 shards.*model-00002-of-00003"):

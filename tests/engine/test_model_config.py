@@ -160,6 +160,10 @@ def test_sliding_windows(case_id: str, changes: dict[str, Any], window: int | No
 def test_folders_without_a_readable_config_are_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"config\.json does not exist; --model needs a folder"):
         ModelConfig.from_folder(tmp_path)
+    for name, advice in (("adapter_config.json", "adapters are not read"), ("model.Q4_K_M.gguf", "GGUF files are not")):
+        (tmp_path / name).touch()
+        with pytest.raises(ConfigError, match=rf"config\.json does not exist.*{advice}"):
+            ModelConfig.from_folder(tmp_path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ConfigError, match=r"config\.json cannot be read as JSON"):
         ModelConfig.from_folder(tmp_path)

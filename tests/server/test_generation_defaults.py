@@ -34,3 +34,13 @@ def test_a_value_that_is_no_number(tmp_path: Path, value: object) -> None:
     (tmp_path / "generation_config.json").write_text(json.dumps({"temperature": value}))
     with pytest.raises(ConfigError, match=r"'temperature'.*not a number"):
         load_generation_defaults(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("temperature", -5), ("top_p", 7.0), ("top_k", 1.5), ("repetition_penalty", 0)]
+)
+def test_a_value_that_no_request_may_have(tmp_path: Path, key: str, value: float) -> None:
+    """The server started, and every request got a 400 about a field that it did not have."""
+    (tmp_path / "generation_config.json").write_text(json.dumps({key: value}))
+    with pytest.raises(ConfigError, match=rf"generation_config\.json: Expected .*{key}.*correct or remove it"):
+        load_generation_defaults(tmp_path)
