@@ -67,7 +67,10 @@ class Admin:
             how=order.how or "auto",
             drain_timeout=_drain_timeout(order.drain_timeout),
         )
-        await self.jobs.quantize(job)
+        try:
+            await self.jobs.quantize(job)
+        except ConfigError as error:
+            raise BadRequestError(f"model: {error}", param="model") from error
         return job
 
     async def check_swap(self, order: SwapOrder) -> SwapCheck:

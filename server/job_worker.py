@@ -33,6 +33,8 @@ def _die_with(parent: int) -> None:
 
 
 def _limit_gpu_memory(num_bytes: int) -> None:
+    """Let torch take so much, less what the process takes without it."""
+    from lmdserve.engine.memory_sizes import CONTEXT_BYTES
     from lmdserve.engine.torch_setup import prepare_torch
 
     prepare_torch()
@@ -40,7 +42,7 @@ def _limit_gpu_memory(num_bytes: int) -> None:
 
     if torch.cuda.is_available():
         total = torch.cuda.mem_get_info()[1]
-        torch.cuda.set_per_process_memory_fraction(min(1.0, num_bytes / total))
+        torch.cuda.set_per_process_memory_fraction(min(1.0, max(0, num_bytes - CONTEXT_BYTES) / total))
 
 
 if __name__ == "__main__":

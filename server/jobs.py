@@ -27,8 +27,6 @@ from .worker_process import WorkerError, WorkerProcess
 
 logger = logging.getLogger(__name__)
 
-# A worker on the GPU needs a context and a layer with its activations; with less it would fail late.
-MIN_SPARE_GPU_BYTES = 3 * 2**30
 CORES_FOR_SERVING_ON_GPU = 4  # event loop, engine thread, prompts, grammars
 
 
@@ -66,7 +64,7 @@ class Jobs:
         self._board.close()
 
     async def quantize(self, job: Job) -> None:
-        """Start a quantization; ConflictError that names the job when one runs."""
+        """Start a quantization; ConflictError with what stands in its way, ConfigError when there is no checkpoint."""
         await asyncio.to_thread(self._check_gpu, job)
         for other in self._board.jobs:
             if other.kind == "quantize" and not other.is_over:
@@ -181,13 +179,17 @@ class Jobs:
         return self._servings.current.engine.info.kv_bits
 
     def _check_gpu(self, job: Job) -> None:
-        """Refuse what would run out of the memory that serving leaves it."""
+        """Refuse what would run out of the memory that serving leaves it, minutes later."""
         spare_bytes = self._spare_gpu_bytes(job)
-        if spare_bytes is not None and spare_bytes < MIN_SPARE_GPU_BYTES:
+        if spare_bytes is None:
+            return
+        has_evaluation = not job.options.get("skip_evaluation", False)
+        needed_bytes = self._loader.quantizing_gpu_bytes(Path(job.folder), has_evaluation=has_evaluation)
+        if spare_bytes < needed_bytes:
+            instead = 'send "device": "cpu"' + (', or "skip_evaluation": true' if has_evaluation else "")
             raise ConflictError(
-                f"serving leaves {max(0, spare_bytes) / 2**30:.1f} GiB of the GPU, and quantizing beside it needs at "
-                f'least {MIN_SPARE_GPU_BYTES / 2**30:g} GiB; send "device": "cpu", or serve with a lower '
-                "--cache-max-entry-count"
+                f"serving leaves {max(0, spare_bytes) / 2**30:.1f} GiB of the GPU, and quantizing {job.model} takes "
+                f"about {needed_bytes / 2**30:.1f} GiB; serve with a lower --cache-max-entry-count, {instead}"
             )
 
     def _spare_gpu_bytes(self, job: Job) -> int | None:

@@ -87,6 +87,13 @@ class EngineLoader:
 
         return spare_gpu_bytes(self._engine_config, running)
 
+    def quantizing_gpu_bytes(self, folder: Path, *, has_evaluation: bool) -> int:
+        """See Loader."""
+        from lmdserve.engine.model_config import ModelConfig
+        from lmdserve.engine.quantize.memory import needed_gpu_bytes
+
+        return needed_gpu_bytes(ModelConfig.from_folder(folder), has_evaluation=has_evaluation)
+
     def _config_for(self, folder: Path) -> EngineConfig:
         return dataclasses.replace(self._engine_config, model=str(folder), revision=None, model_format="auto")
 

@@ -57,6 +57,9 @@ class Loader(Protocol):
     def spare_gpu_bytes(self, running: EngineInfo) -> int | None:
         """Return what another process may take of the GPU beside this one at its peak; None where there is no GPU."""
 
+    def quantizing_gpu_bytes(self, folder: Path, *, has_evaluation: bool) -> int:
+        """Return about what a process takes of a GPU to quantize the checkpoint; ConfigError when it is none."""
+
 
 class SwapFailedError(EngineError):
     """The new checkpoint does not serve; the old one does."""

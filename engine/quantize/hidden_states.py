@@ -8,8 +8,7 @@ from collections.abc import Iterator
 
 import torch
 
-# States stay on the device when they take at most this share of what is free there; else they wait in host memory.
-_LARGEST_DEVICE_SHARE = 0.3
+from .memory import LARGEST_TEXT_SHARE
 
 
 class HiddenStates:
@@ -57,4 +56,4 @@ def _choose_place(num_bytes: int, device: torch.device) -> torch.device:
         return device
     free, total = torch.cuda.mem_get_info(device)
     allowed = torch.cuda.get_per_process_memory_fraction(device.index) * total
-    return device if num_bytes <= _LARGEST_DEVICE_SHARE * min(free, allowed) else torch.device("cpu")
+    return device if num_bytes <= LARGEST_TEXT_SHARE * min(free, allowed) else torch.device("cpu")

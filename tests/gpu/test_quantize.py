@@ -26,7 +26,7 @@ def test_rounding_loses_no_more_than_on_a_cpu(tmp_path: Path) -> None:
 
 def test_hidden_states_in_host_memory_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     on_device = quantize_folder(DEMO, tmp_path / "device", device="cuda", **OPTIONS)
-    monkeypatch.setattr(hidden_states, "_LARGEST_DEVICE_SHARE", 0.0)
+    monkeypatch.setattr(hidden_states, "LARGEST_TEXT_SHARE", 0.0)
     assert weight_files(quantize_folder(DEMO, tmp_path / "host", device="cuda", **OPTIONS)) == weight_files(on_device)
 
 

@@ -36,6 +36,7 @@ class FakeLoader:
         self.failures: dict[str, Exception] = {}
         self.plan_failure: ConfigError | None = None
         self.spare_bytes: int | None = None
+        self.needed_bytes = 5 * 2**30  # to quantize; one less without an evaluation
 
     def plan(self, folder: Path, running: EngineInfo, *, may_load_beside: bool) -> SwapPlan:
         if self.plan_failure is not None:
@@ -53,6 +54,9 @@ class FakeLoader:
 
     def spare_gpu_bytes(self, running: EngineInfo) -> int | None:
         return self.spare_bytes
+
+    def quantizing_gpu_bytes(self, folder: Path, *, has_evaluation: bool) -> int:
+        return self.needed_bytes - (not has_evaluation) * 2**30
 
 
 class AdminServer:

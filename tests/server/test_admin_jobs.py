@@ -260,11 +260,18 @@ async def test_a_disk_that_takes_no_note_takes_no_job(server: AdminServer, monke
 
 async def test_a_gpu_that_serving_leaves_little_of_is_refused(server: AdminServer) -> None:
     server.model("model", quantizing())
-    server.loader.spare_bytes = 2**30
-    status, reply = await server.ask("POST", QUANTIZE, {"model": "model", "work_dir": "out"})
+    order = {"model": "model", "work_dir": "out"}
+    server.loader.spare_bytes = 4 * 2**30
+    status, reply = await server.ask("POST", QUANTIZE, order)
     assert status == 409
-    assert "leaves 1.0 GiB of the GPU" in reply["error"]["message"]
-    assert (await server.order(QUANTIZE, model="model", work_dir="out", device="cpu"))["status"] == "done"
+    assert "leaves 4.0 GiB of the GPU, and quantizing model takes about 5.0 GiB" in reply["error"]["message"]
+    assert "skip_evaluation" in reply["error"]["message"]
+    assert (await server.order(QUANTIZE, **order, skip_evaluation=True))["status"] == "done"
+    server.loader.spare_bytes = 3 * 2**30
+    status, reply = await server.ask("POST", QUANTIZE, {**order, "work_dir": "out2", "skip_evaluation": True})
+    assert status == 409
+    assert "skip_evaluation" not in reply["error"]["message"]
+    assert (await server.order(QUANTIZE, model="model", work_dir="out2", device="cpu"))["status"] == "done"
 
 
 async def test_a_worker_is_told_how_much_of_the_gpu_it_may_take(server: AdminServer) -> None:

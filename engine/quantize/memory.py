@@ -1,0 +1,49 @@
+"""What a run takes of a GPU, as far as a model's sizes tell, so that one that does not fit is refused beforehand.
+
+Estimates, for the default options.
+"""
+
+import dataclasses
+import re
+
+from ..memory_sizes import CONTEXT_BYTES, ComputeForm, layer_linears, weight_bytes
+from ..model_config import ModelConfig
+from ..quantization_config import QuantizationConfig, QuantizationRule, QuantizationScheme
+
+# The calibration text's hidden states stay on the device when they take at most this share of what is free there; else
+# they wait in host memory.
+LARGEST_TEXT_SHARE = 0.3
+
+# The layer in 16 bits and the float32 copies of its linears that a search works on; measured on an H200, the rows of a
+# batch taken off: 15 at InternLM2.5-7B's sizes, 17 at 20B's.
+_BYTES_PER_WEIGHT_OF_A_LAYER = 17
+_ITEM_BYTES = 2
+_BATCH_ROWS = 8192  # of calibration text, and of a pass of the evaluation
+_LOGITS_AND_SCRATCH_BYTES = 1 << 30
+
+
+def needed_gpu_bytes(config: ModelConfig, *, has_evaluation: bool) -> int:
+    """Return about what quantizing this 16-bit model takes, the process's CUDA context included."""
+    search_bytes = _search_bytes(config)
+    peak_bytes = max(search_bytes, _evaluation_bytes(config)) if has_evaluation else search_bytes
+    return CONTEXT_BYTES + peak_bytes
+
+
+def _search_bytes(config: ModelConfig) -> int:
+    weights = sum(linear.in_features * linear.out_features for linear in layer_linears(config))
+    without_text = weights * _BYTES_PER_WEIGHT_OF_A_LAYER + _activation_bytes(config)
+    return round(without_text / (1 - LARGEST_TEXT_SHARE))
+
+
+def _evaluation_bytes(config: ModelConfig) -> int:
+    scheme = QuantizationScheme(method="awq", layout="gemm", group_size=128, has_zeros=True, reorders_inputs=False)
+    every_linear = QuantizationConfig("awq", (QuantizationRule(re.compile(""), scheme),))
+    quantized = dataclasses.replace(config, quantization=every_linear)
+    keys_and_values = _BATCH_ROWS * config.num_layers * 2 * config.num_kv_heads * config.head_dim * _ITEM_BYTES
+    rest = keys_and_values + _activation_bytes(config) + _LOGITS_AND_SCRATCH_BYTES
+    return weight_bytes(quantized, ComputeForm(itemsize=_ITEM_BYTES, is_fused=True)) + rest
+
+
+def _activation_bytes(config: ModelConfig) -> int:
+    """Return what a batch takes on its way through a layer, and what is sampled of it."""
+    return _BATCH_ROWS * (4 * config.intermediate_size + 3 * config.hidden_size) * _ITEM_BYTES
