@@ -48,7 +48,8 @@ class SamplingParams:
 class TokenConstraint(Protocol):
     """What one sequence's tokens have to obey, step by step: `mask`, a token, `accept`, `mask`, ...
 
-    Called on threads of the engine, one at a time. What any of it raises fails that one request.
+    Called on threads of the engine, one at a time. What any of it raises fails that one request: a ValueError says that
+    the request asks for too much, anything else is a bug.
     """
 
     @property
@@ -214,6 +215,10 @@ class ContextTooLongError(InvalidRequestError):
         )
         self.num_prompt_tokens = num_prompt_tokens
         self.session_len = session_len
+
+
+class FormatFailedError(EngineError):
+    """What the request's constraint asks for turned out to be impossible, or too costly, while it was followed."""
 
 
 class QueueFullError(EngineError):

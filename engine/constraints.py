@@ -39,6 +39,7 @@ class ConstraintState:
     must_end: bool = False  # the mask allows tokens that end the sequence only
     is_over: bool = False
     failure: str | None = None
+    is_requests_fault: bool = False  # the failure
     is_ready: bool = False
     is_late: bool = False  # a step goes on without its mask; the scheduler leaves the sequence out until it is there
     is_new: bool = True  # no mask of it has been computed yet
@@ -112,6 +113,7 @@ class ConstraintState:
         except BaseException as error:  # a panic of native code is no Exception
             self.mask = None
             self.failure = f"this request's output format failed: {error}"
+            self.is_requests_fault = isinstance(error, ValueError)
 
 
 class MaskThreads:

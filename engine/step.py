@@ -55,7 +55,7 @@ class Chunk(NamedTuple):
 
 class ChunkResult(NamedTuple):
     """What a step found for one chunk; `failure` says why the sequence cannot go on, `spares_cache` that what was
-    computed of it is right all the same.
+    computed of it is right all the same, `is_requests_fault` that another request than this would not fail.
 
     `token_ids` is empty unless the chunk is sampled. It holds the drafts that came out as sampled too, then the token
     sampled after the last of them; `logprobs` is parallel to it where the request asked for them, else empty. Of a
@@ -68,6 +68,7 @@ class ChunkResult(NamedTuple):
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
     failure: str | None = None
     spares_cache: bool = False
+    is_requests_fault: bool = False
     is_over: bool = False
 
 

@@ -201,5 +201,5 @@ def _with_forced(chunk: Chunk, result: ChunkResult) -> ChunkResult:
     if state is None or not chunk.is_sampled or result.failure is not None or not state.is_ready:
         return result
     if state.failure is not None:
-        return ChunkResult(failure=state.failure, spares_cache=True)
+        return ChunkResult(failure=state.failure, spares_cache=True, is_requests_fault=state.is_requests_fault)
     return result._replace(token_ids=result.token_ids + state.hand_out_forced(), is_over=state.is_over)

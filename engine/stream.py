@@ -8,7 +8,7 @@ import asyncio
 import time
 from collections import deque
 
-from .api import Chunk, EngineError, FinishReason, TokenLogprob
+from .api import Chunk, EngineError, FinishReason, FormatFailedError, TokenLogprob
 from .scheduler import Progress
 from .sequence import Sequence
 
@@ -49,7 +49,7 @@ class OutputStream:
         """Add what a step brought."""
         result = progress.result
         if result.failure is not None:
-            self._error = EngineError(result.failure)
+            self._error = (FormatFailedError if result.is_requests_fault else EngineError)(result.failure)
             return
         self._token_ids += result.token_ids
         if result.logprobs:

@@ -15,6 +15,7 @@ from lmdserve.engine.api import (
     EngineDeadError,
     EngineDrainingError,
     EngineError,
+    FormatFailedError,
     InvalidRequestError,
     QueueFullError,
 )
@@ -169,6 +170,13 @@ class InvalidOutputError(ApiError):
         return orjson.dumps({"error": {**error, "failed_generation": self.failed_generation}})
 
 
+class OutputFormatError(BadRequestError):
+    """The output format, or the tools, could not be followed to the answer's end: it is impossible or too costly."""
+
+    code = "format_failed"
+    should_retry = False
+
+
 class OverloadedError(ApiError):
     """The queue is full; the engine knows when to come back."""
 
@@ -235,6 +243,8 @@ def describe(error: Exception, request_id: str, *, prompt_param: str = "messages
             return DrainingError(str(error))
         case EngineDeadError():
             return UnavailableError(str(error))
+        case FormatFailedError():
+            return OutputFormatError(str(error))
         case EngineError():
             return GenerationFailedError(str(error))
     logger.error("request %s failed on a bug", request_id, exc_info=error)

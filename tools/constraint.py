@@ -85,6 +85,7 @@ class ReplyConstraint:
         self._may_think = rules.think_ids is not None and not rules.opens_in_reasoning
         self._may_be_blank = False  # one blank token between reasoning and answer, which a reader does not see
         self._matcher: LLMatcher | None = None
+        self._known_mask: bytearray | None = None  # of the matcher as it is
         self._meter = MaskMeter(len(rules.sets.vocabulary.token_bytes))
 
     @property
@@ -103,7 +104,8 @@ class ReplyConstraint:
         The next call may overwrite them.
         """
         if self._stage is _Stage.GRAMMAR:
-            return self._meter.mask_of(self._current_matcher())
+            mask, self._known_mask = self._known_mask, None
+            return self._meter.mask_of(self._current_matcher()) if mask is None else mask
         bits = self._allowed()
         return None if bits is None else bits.to_bytes(self._rules.sets.num_bytes, "little")
 
@@ -114,9 +116,13 @@ class ReplyConstraint:
         if self._stage is not _Stage.GRAMMAR:
             return []
         matcher = self._current_matcher()
+        if self._meter.was_long:
+            self._known_mask = self._meter.mask_of(matcher)
         token_ids = self._meter.forced_by(matcher)
-        if token_ids and not matcher.consume_tokens(token_ids):
-            raise RuntimeError(f"the grammar broke: {matcher.get_error()[:300]}")
+        if token_ids:
+            self._known_mask = None
+            if not matcher.consume_tokens(token_ids):
+                raise RuntimeError(f"the grammar broke: {matcher.get_error()[:300]}")
         return token_ids
 
     def _take_forced_at_start(self) -> list[int]:
@@ -189,7 +195,7 @@ class ReplyConstraint:
         self._stage, self._matcher = _Stage.GRAMMAR, grammar.new_matcher()
 
     def _accept_in_grammar(self, token_id: int) -> None:
-        matcher = self._current_matcher()
+        matcher, self._known_mask = self._current_matcher(), None
         if not matcher.consume_token(token_id):
             raise RuntimeError(f"the grammar broke: {matcher.get_error()[:300]}")
         if token_id in self._rules.sets.vocabulary.end_ids:

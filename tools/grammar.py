@@ -12,7 +12,7 @@ import re
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from ctypes import addressof, c_char
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -60,6 +60,7 @@ _NUM_TRIED_TOKENS = 8
 # engine waits for it. A reply may spend this much on masks beyond what each has free, in CPU time of the thread.
 FREE_MASK_S = 0.005
 MASK_BUDGET_S = 0.25
+LONG_S = 0.001
 MAX_COUNTED_S = 0.1  # of one mask: where a busy host stops a virtual machine, its threads' clocks go on
 
 
@@ -104,6 +105,13 @@ class Grammar:
     prototype: "LLMatcher"
     unenforced: tuple[str, ...] = ()
 
+    @property
+    def is_spent(self) -> bool:
+        """Whether its replies, which share one automaton, have together reached the limit of its states."""
+        trial = self.new_matcher()
+        trial.compute_bitmask()
+        return trial.is_error()
+
     def new_matcher(self) -> "LLMatcher":
         """Return a matcher at the beginning of the grammar."""
         return self.prototype.deep_copy()
@@ -113,14 +121,19 @@ class MaskMeter:
     """Asks the grammar of one reply what may follow, and fails one that takes too long to tell."""
 
     def __init__(self, num_tokens: int) -> None:
-        self._excess_s = 0.0
+        self._excess_s = self._last_s = 0.0
         self._mask = bytearray(-(-num_tokens // 32) * 4)
         self._mask_address = addressof((c_char * len(self._mask)).from_buffer(self._mask))  # its length never changes
+
+    @property
+    def was_long(self) -> bool:
+        """Whether the last answer took so long that nothing like it should be asked for with Python's lock held."""
+        return self._last_s > LONG_S
 
     def mask_of(self, matcher: "LLMatcher") -> bytearray:
         """Return the tokens that may follow, a bit each in words of 32, until the next call overwrites them.
 
-        Raises GrammarError where none may or the budget is spent.
+        Others run meanwhile. Raises GrammarError where none may follow or the budget is spent.
         """
         begun_s = time.thread_time()
         matcher.unsafe_compute_mask_ptr(self._mask_address, len(self._mask))
@@ -128,16 +141,20 @@ class MaskMeter:
         return self._mask
 
     def forced_by(self, matcher: "LLMatcher") -> list[int]:
-        """Return the tokens that have to follow, as far as there is one text only; raise GrammarError likewise."""
+        """Return the tokens that have to follow, as far as there is one text only; raise GrammarError likewise.
+
+        This holds Python's lock, unless `mask_of` was asked before, which finds out as well.
+        """
         begun_s = time.thread_time()
         token_ids = matcher.compute_ff_tokens()
         self._book(matcher, begun_s)
         return token_ids
 
     def _book(self, matcher: "LLMatcher", begun_s: float) -> None:
-        self._excess_s += min(max(0.0, time.thread_time() - begun_s - FREE_MASK_S), MAX_COUNTED_S)
+        self._last_s = time.thread_time() - begun_s
+        self._excess_s += min(max(0.0, self._last_s - FREE_MASK_S), MAX_COUNTED_S)
         if matcher.is_error():
-            raise _explain(matcher.get_error())
+            raise GrammarError(f"it cannot be followed: {_reason(matcher.get_error())}; simplify it")
         if self._excess_s > MASK_BUDGET_S:
             raise GrammarError("it is too costly to follow; simplify it (nested counts cost most)")
 
@@ -158,11 +175,9 @@ class GrammarCompiler:
     def compile(self, source: GrammarSource) -> Grammar:
         """Return the grammar of a source; raise GrammarError."""
         with self._lock:
-            grammar = self._cache.get(source)
-            if grammar is not None:
-                self._cache.move_to_end(source)
-                return grammar
-        grammar = self._compile_new(source)
+            grammar = self._cache.pop(source, None)
+        if grammar is None or grammar.is_spent:
+            grammar = self._compile_new(source)
         with self._lock:
             self._cache[source] = grammar
             while len(self._cache) > MAX_CACHED or sum(len(s.text) for s in self._cache) > MAX_CACHED_CHARS:
@@ -201,14 +216,13 @@ class GrammarCompiler:
         from llguidance import LLMatcher, LLParserLimits
 
         matcher = LLMatcher(self._loaded_tokenizer(), text, log_level=0, limits=LLParserLimits(**_LIMITS))
-        trial = matcher.deep_copy()
-        for token_id in _walk(trial, len(self.vocabulary.token_bytes)):
-            trial.consume_token(token_id)
-        for tried in (matcher, trial):
-            if tried.is_error():
-                raise _explain(tried.get_error())
+        if matcher.is_error():
+            raise _explain(matcher.get_error())
         if matcher.is_stopped() and not matcher.is_accepting():
             raise GrammarError("the grammar allows no text at all")
+        meter = MaskMeter(len(self.vocabulary.token_bytes))
+        meter.mask_of(matcher)  # its copies have the first mask at once, which takes 20 ms for 2000 properties
+        _try_out(matcher.deep_copy(), meter)
         return matcher
 
     def _loaded_tokenizer(self) -> "LLTokenizer":
@@ -278,16 +292,17 @@ def _load_tokenizer(vocabulary: Vocabulary) -> "LLTokenizer":
     return LLTokenizer(TokenizerWrapper(_WrappedVocabulary(vocabulary)), eos_token=ends)
 
 
-def _walk(matcher: "LLMatcher", num_tokens: int) -> Iterator[int]:
-    """Yield the first few tokens of some text of the grammar: some turn out to be too costly there only."""
-    meter = MaskMeter(num_tokens)
+def _try_out(matcher: "LLMatcher", meter: MaskMeter) -> None:
+    """Go on by the first few tokens of some text of the grammar: some turn out to be too costly there only."""
     for _ in range(_NUM_TRIED_TOKENS):
-        if matcher.is_error() or matcher.is_stopped():
-            return
+        if matcher.is_stopped():
+            break
         mask = int.from_bytes(meter.mask_of(matcher), "little")
         if not mask:
-            return
-        yield (mask & -mask).bit_length() - 1
+            break
+        matcher.consume_token((mask & -mask).bit_length() - 1)
+    if matcher.is_error():
+        raise _explain(matcher.get_error())
 
 
 class _WrappedVocabulary:
@@ -311,10 +326,16 @@ def _explain(error: str) -> GrammarError:
     keywords = _left_out([error])
     if keywords:
         return GrammarError(f"the keyword {', '.join(keywords)} cannot be enforced; leave it out", keywords)
-    reason = " ".join(_ERROR_NOISE.sub("", error).split())[:_SHOWN_ERROR_CHARS]
+    reason = _reason(error)
     if "JSON schema" in error and "regex parse error" in error:
         return GrammarError(f"the keyword pattern cannot be compiled: {reason}", ("pattern",))
     return GrammarError(f"it cannot be compiled: {reason}")
+
+
+def _reason(error: str) -> str:
+    if "NoExtensionBias" in error:
+        return "no text obeys it"
+    return " ".join(_ERROR_NOISE.sub("", error).split())[:_SHOWN_ERROR_CHARS]
 
 
 def _left_out(messages: Sequence[str]) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from engine_runs import running
 
-from lmdserve.engine.api import EngineError, FinishReason, Request, SamplingParams
+from lmdserve.engine.api import EngineError, FinishReason, FormatFailedError, Request, SamplingParams
 from lmdserve.engine.constraints import LATE_S, ConstraintState, MaskThreads
 from lmdserve.engine.loop import AsyncEngine
 
@@ -25,8 +25,11 @@ BuildEngine = Callable[..., AsyncEngine]
 class Climbing:
     """Allows tokens above the last one, modulo 7, and nothing but `end` once there are `length`."""
 
-    def __init__(self, length: int = 5, end: int = 0, *, fails_at: int | None = None) -> None:
+    def __init__(
+        self, length: int = 5, end: int = 0, *, fails_at: int | None = None, error: BaseException | None = None
+    ) -> None:
         self.length, self.end, self.fails_at = length, end, fails_at
+        self.error = error or BaseException("as native code panics")
         self.token_ids: list[int] = []
         self.num_masks = 0
         self.is_over = False
@@ -44,7 +47,7 @@ class Climbing:
     def mask(self) -> bytes:
         self.num_masks += 1
         if len(self.token_ids) == self.fails_at:
-            raise BaseException("as native code panics")
+            raise self.error
         return sum(1 << token_id for token_id in self.allowed()).to_bytes(8, "little")
 
     def accept(self, token_id: int) -> None:
@@ -133,6 +136,14 @@ async def test_a_constraint_that_fails_hurts_its_own_request_only(
             await _tokens(engine, _request("bad", [8, 9], Climbing(fails_at=fails_at)))
         assert (await free)[0] == fake_model.greedy([4, 5], 20)
         assert (await good)[0] == _expected(fake_model, [6, 7], Climbing())
+
+
+async def test_what_asks_for_too_much_is_told_from_what_is_broken(build_fake_engine: BuildEngine) -> None:
+    async with running(build_fake_engine()) as engine:
+        for error, expected in ((ValueError("too costly"), FormatFailedError), (RuntimeError("broke"), EngineError)):
+            with pytest.raises(EngineError) as caught:
+                await _tokens(engine, _request(f"{error}", [8, 9], Climbing(fails_at=2, error=error)))
+            assert type(caught.value) is expected
 
 
 async def test_length_and_leaving_end_it_like_any_other(build_fake_engine: BuildEngine) -> None:

@@ -18,6 +18,7 @@ from lmdserve.engine.api import (
     EngineDrainingError,
     EngineError,
     FinishReason,
+    FormatFailedError,
     InvalidRequestError,
     QueueFullError,
 )
@@ -58,6 +59,12 @@ CHAT = "/v1/chat/completions"
             503,
             {"type": "service_unavailable_error", "param": None, "code": "engine_unavailable"},
             {"Retry-After": "30", "retry-after-ms": "30000", "x-should-retry": "false"},
+        ),
+        (
+            FormatFailedError("this request's output format failed: it is too costly to follow"),
+            400,
+            {"type": "invalid_request_error", "param": None, "code": "format_failed"},
+            {"x-should-retry": "false"},
         ),
         (
             EngineError("the model gave no finite logits"),

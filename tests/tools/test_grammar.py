@@ -1,12 +1,14 @@
 """Compiling: the cache, the lenient fallback, what is refused in which words; and masks against plain membership."""
 
 import json
+import random
 import re
 import time
 from typing import Any
 
 import pytest
 
+from lmdserve.tools import grammar as grammar_module
 from lmdserve.tools.constraint import ReplyRules, TokenSets, bits_of
 from lmdserve.tools.grammar import (
     MAX_CACHED,
@@ -117,7 +119,7 @@ def test_a_schema_cannot_loosen_itself(compiler: GrammarCompiler) -> None:
     [
         (lambda: json_schema_source({"type": "string", "pattern": "(?=a)"}, must_be_strict=True), "keyword pattern"),
         (lambda: json_schema_source({"type": "integer", "minimum": 2, "maximum": 1}, must_be_strict=False), "minimum"),
-        (lambda: json_schema_source({"$ref": "#"}, must_be_strict=False), "cannot be compiled"),
+        (lambda: json_schema_source({"$ref": "#"}, must_be_strict=False), "no text obeys it"),
         (lambda: json_schema_source(False, must_be_strict=False), "no value obeys"),
         (lambda: json_schema_source([], must_be_strict=False), "must be a JSON object"),
         (lambda: json_schema_source({"const": "\ud800"}, must_be_strict=False), "cannot be compiled"),
@@ -170,6 +172,28 @@ def test_a_grammar_that_takes_too_long_at_its_masks_fails() -> None:
         assert meter.mask_of(slow) == bytes(4)  # type: ignore[arg-type]
     with pytest.raises(GrammarError, match="too costly to follow"):
         meter.mask_of(slow)  # type: ignore[arg-type]
+
+
+def test_a_grammar_that_its_replies_have_used_up_is_compiled_again(
+    compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Replies share the states of one automaton, and its limit: once it was reached, every later reply failed."""
+    monkeypatch.setitem(grammar_module._LIMITS, "max_lexer_states", 400)  # type: ignore[index]
+    source = regex_source("[a-z]*a[a-z]{12}")
+    meter, rng = MaskMeter(len(VOCABULARY.token_bytes)), random.Random(0)
+
+    def follow_many() -> None:
+        for _ in range(100):
+            matcher = compiler.compile(source).new_matcher()
+            for _ in range(40):
+                meter.mask_of(matcher)
+                matcher.consume_token(ord(rng.choice("ab")))
+
+    with pytest.raises(GrammarError, match="too many states"):
+        follow_many()
+    with pytest.raises(GrammarError, match="too many states"):
+        meter.mask_of(compiler._cache[source].new_matcher())
+    meter.mask_of(compiler.compile(source).new_matcher())
 
 
 def test_blanks_are_bounded(compiler: GrammarCompiler) -> None:
