@@ -21,6 +21,7 @@ from .services import ARRIVED_S, FAILURE, PROMPT_PARAM, REQUEST_ID, SERVICES
 access_logger = logging.getLogger("lmdserve.access")
 
 PROBE_PATHS = frozenset({"/health", "/ready", "/metrics"})  # asked every few seconds; logged at DEBUG only
+LOGGED_PATH_CHARS = 200  # as it was sent: decoded, it could hold line feeds and forge entries
 EXPOSED_HEADERS = "x-request-id, retry-after, retry-after-ms, x-should-retry"
 PREFLIGHT_MAX_AGE_S = 600
 _REQUEST_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
@@ -49,10 +50,11 @@ async def observe(request: web.Request, handler: Handler) -> web.StreamResponse:
         metrics.requests[_route_name(request), outcome] += 1
         if outcome == "succeeded" and request.path in GENERATING_PATHS:
             metrics.request.observe(took_s)
+        path = request.rel_url.raw_path[:LOGGED_PATH_CHARS]
         access_logger.log(
             logging.DEBUG if request.path in PROBE_PATHS else logging.INFO,
             "%s %s %s %s %.3f s, request id %s",
-            request.method, request.path, status or "-", outcome, took_s, request[REQUEST_ID],
+            request.method, path, status or "-", outcome, took_s, request[REQUEST_ID],
         )  # fmt: skip
 
 

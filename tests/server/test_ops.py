@@ -1,6 +1,7 @@
 """The operator's routes, and how an application starts, drains and stops."""
 
 import asyncio
+import logging
 import os
 import signal
 import socket
@@ -11,6 +12,7 @@ from typing import Any
 
 import aiohttp
 import pytest
+import yarl
 from raw_http import RawClient
 from server_fakes import FakeEngine, answer, chat_body, running
 
@@ -198,3 +200,15 @@ def test_the_http_layer_imports_without_torch() -> None:
     )
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     assert result.returncode == 0, result.stderr
+
+
+async def test_a_path_cannot_forge_entries_of_the_log(
+    session: aiohttp.ClientSession, url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, "lmdserve.access"):
+        async with session.get(yarl.URL(f"{url}/x%0a2026-11-21%20ERROR%1b%5b31m{'y' * 3000}", encoded=True)) as reply:
+            assert reply.status == 404
+    (record,) = [record for record in caplog.records if record.name == "lmdserve.access"]
+    assert record.getMessage().startswith("GET /x%0a2026-11-21%20ERROR%1b%5b31myyy")
+    assert record.getMessage().isprintable()
+    assert len(record.getMessage()) < 400
