@@ -31,7 +31,13 @@ MAY_BUILD_AN_ENGINE = {
     "server/evaluate_command.py",
 }
 # What all other files of server/ may know of the engine.
-ENGINE_CONTRACT = {"engine.api", "engine.config", "engine.quantize.options", "engine.quantize.report"}
+ENGINE_CONTRACT = {
+    "engine.api",
+    "engine.config",
+    "engine.quantize.options",
+    "engine.quantize.quality",
+    "engine.quantize.report",
+}
 
 
 def imported_modules(path: Path) -> set[str]:
