@@ -9,14 +9,11 @@ from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-import msgspec
-
 from lmdserve.engine.api import EngineInfo, Request, SamplingParams
 from lmdserve.tools.api import ToolFormat
 from lmdserve.tools.call_grammar import function_names
 from lmdserve.tools.code_call import CODE_TOOL_NAME
 from lmdserve.tools.constraint import ReplyRules
-from lmdserve.tools.grammar import MAX_SOURCE_CHARS
 from lmdserve.tools.schema import ToolSchemaError, normalize_tools
 
 from .chat import ChatTemplateError, Prompt
@@ -270,12 +267,6 @@ def _tools(request: ChatRequest) -> list[dict[str, Any]]:
     """Return the tools that the model gets to see, with proper schemas: none of them under tool_choice "none"."""
     if not request.tools:
         return []
-    num_bytes = len(msgspec.json.encode(request.tools))
-    if num_bytes > MAX_SOURCE_CHARS:
-        raise BadRequestError(
-            f"tools: they have {num_bytes} bytes, and calls can be held to at most {MAX_SOURCE_CHARS}; shorten them",
-            param="tools",
-        )
     try:
         tools = normalize_tools(request.tools)
     except ToolSchemaError as error:

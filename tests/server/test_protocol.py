@@ -281,6 +281,31 @@ async def test_a_body_over_the_limit_is_refused(session: aiohttp.ClientSession, 
 
 
 @pytest.mark.parametrize(
+    ("start", "junk", "param", "limit"),
+    [
+        (b'{"tools": [', b"{}", "tools", 512 * 1024),
+        (b'{"anything": [', b"[]", "anything", 512 * 1024),
+        (b'{"messages": [', b"[]", "body", 200_000),
+        (b"[[", b"[]", "body", None),
+    ],
+)
+async def test_what_would_take_long_to_read_is_refused_unread(
+    session: aiohttp.ClientSession, url: str, start: bytes, junk: bytes, param: str, limit: int | None
+) -> None:
+    """A body of 3 MB of empty lists held up everybody for a quarter of a second."""
+    end = b"]}" if start.startswith(b"{") else b"]]"
+    status, reply = await post(session, url + CHAT, start + b",".join([junk] * 250_000) + end)
+    assert (status, reply["error"]["param"]) == (400, param)
+    assert limit is None or str(limit) in reply["error"]["message"]
+
+
+async def test_a_long_text_full_of_brackets_is_read(session: aiohttp.ClientSession, url: str) -> None:
+    text = "if (a[i] > 0) { b[i] = a[i]; }\n" * 20_000
+    status, reply = await post(session, url + CHAT, json.dumps(chat_body(messages=[user(text)])).encode())
+    assert status == 200 or reply["error"]["code"] == "context_length_exceeded"
+
+
+@pytest.mark.parametrize(
     ("fields", "parts"),
     [
         ({"temperature": 3}, ["temperature", "<= 2", "got 3"]),
