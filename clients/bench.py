@@ -42,20 +42,78 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--model", metavar="NAME", help="model to ask (default: the first that the server offers)")
     add_api_key_argument(parser)
     add("--endpoint", choices=("chat", "completions"), default="chat", help="API to use (default: %(default)s)")
-    add("--concurrency", type=_levels, default=(8,), metavar="N[,N...]", help="requests at once; a table each (8)")
-    add("--num-prompts", type=count, default=50, metavar="N", help="requests of each level (%(default)s)")
-    add("--input-len", type=tokens, default=128, metavar="TOKENS", help="length of random prompts (%(default)s)")
-    add("--output-len", type=tokens, default=128, metavar="TOKENS", help="most tokens of an answer (%(default)s)")
-    add("--range-ratio", type=_share, default=0.0, metavar="R", help="vary both lengths by up to this share (0)")
+    add(
+        "--concurrency",
+        type=_levels,
+        default="8",
+        metavar="N[,N...]",
+        help="requests at once; a table each (default: %(default)s)",
+    )
+    add("--num-prompts", type=count, default=50, metavar="N", help="requests of each level (default: %(default)s)")
+    add(
+        "--input-len",
+        type=tokens,
+        default=128,
+        metavar="TOKENS",
+        help="length of random prompts (default: %(default)s)",
+    )
+    add(
+        "--output-len",
+        type=tokens,
+        default=128,
+        metavar="TOKENS",
+        help="most tokens of an answer (default: %(default)s)",
+    )
+    add(
+        "--range-ratio",
+        type=_share,
+        default=0.0,
+        metavar="R",
+        help="vary both lengths by up to this share (default: %(default)g)",
+    )
     add("--dataset", type=Path, metavar="FILE", help="JSON lines with `messages` or `prompt`, and maybe `max_tokens`")
-    add("--request-rate", type=_rate, default=math.inf, metavar="RPS", help="mean arrivals per second, Poisson (inf)")
-    add("--disconnect-share", type=_share, default=0.0, metavar="R", help="share of clients that leave early (0)")
+    add(
+        "--request-rate",
+        type=_rate,
+        default=math.inf,
+        metavar="RPS",
+        help="mean arrivals per second, Poisson (default: %(default)g)",
+    )
+    add(
+        "--disconnect-share",
+        type=_share,
+        default=0.0,
+        metavar="R",
+        help="share of clients that leave early (default: %(default)g)",
+    )
     add("--ignore-eos", action="store_true", help="make every answer as long as --output-len")
-    add("--temperature", type=_temperature, default=0.0, metavar="T", help="sampling temperature (%(default)s)")
-    add("--seed", type=int, default=0, metavar="N", help="of prompts, lengths, arrivals, departures (%(default)s)")
-    add("--num-warmups", type=_whole_number(0, 1000), default=1, metavar="N", help="requests before the clock (1)")
-    add("--max-duration", type=_seconds, default=600.0, metavar="S", help="time limit of a level (%(default)s)")
-    add("--request-timeout", type=_seconds, default=300.0, metavar="S", help="time limit of a request (%(default)s)")
+    add(
+        "--temperature", type=_temperature, default=0.0, metavar="T", help="sampling temperature (default: %(default)s)"
+    )
+    add(
+        "--seed",
+        type=int,
+        default=0,
+        metavar="N",
+        help="of prompts, lengths, arrivals, departures (default: %(default)s)",
+    )
+    add(
+        "--num-warmups",
+        type=_whole_number(0, 1000),
+        default=1,
+        metavar="N",
+        help="requests before the clock (default: %(default)s)",
+    )
+    add(
+        "--max-duration", type=_seconds, default=600.0, metavar="S", help="time limit of a level (default: %(default)s)"
+    )
+    add(
+        "--request-timeout",
+        type=_seconds,
+        default=300.0,
+        metavar="S",
+        help="time limit of a request (default: %(default)s)",
+    )
     add("--json", metavar="FILE", help="also write the results there; - prints them instead of the tables")
 
 

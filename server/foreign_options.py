@@ -45,6 +45,9 @@ OUR_NAMES: Mapping[str, str] = {
     "--allowed-origins": "--allow-origins",
     "--sse-keep-alive-interval": "--keep-alive-interval",
     "--uvicorn-log-level": "--log-level",
+    "--max-concurrency": "--concurrency",
+    "--random-input-len": "--input-len",
+    "--random-output-len": "--output-len",
 }
 """What their options are called here."""
 

@@ -9,6 +9,7 @@ from typing import Literal
 
 import pytest
 
+from lmdserve.clients import bench
 from lmdserve.engine.api import ConfigError
 from lmdserve.engine.config import EngineConfig, option
 from lmdserve.server import cli
@@ -102,11 +103,12 @@ def test_a_taken_port_is_noticed_before_a_model_is_loaded() -> None:
 
 
 def test_options_of_other_servers_lead_to_options_of_ours() -> None:
-    parser = OptionParser(prog="lmdserve")
+    parser, load_generator = OptionParser(prog="lmdserve"), OptionParser(prog="lmdserve bench")
     for config_type in (EngineConfig, ServerConfig):
         add_options(parser, config_type, title="all")
+    bench.add_arguments(load_generator)
     ours = set(parser._option_string_actions)
-    assert set(OUR_NAMES.values()) <= ours
+    assert set(OUR_NAMES.values()) <= ours | set(load_generator._option_string_actions)
     assert not (OUR_NAMES.keys() | NEEDLESS.keys()) & ours
 
 
