@@ -4,6 +4,7 @@ Owns the model, the KV cache and the only code that turns block tables into slot
 loop leaves alone while a step is computed, and changes nothing of them but the sampler's own state.
 """
 
+import math
 from array import array
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from .api import TokenLogprob
 from .batch import StepBatch
 from .blocks import PAD_BLOCK_ID
 from .kv_cache import KVCache
-from .sampler import Sample, SampleRow, sample_rows, token_logprobs
+from .sampler import NOT_FINITE, Sample, SampleRow, sample_rows, token_logprobs
 from .step import Chunk, ChunkResult
 
 PROBE_ROPE_BASE = 10_000.0  # any base does: the probe's answer is not used
@@ -174,6 +175,8 @@ def chunk_result(chunk: Chunk, samples: list[Sample], prompt_logprobs: tuple[Tok
 
     The rows behind that one had a wrong past.
     """
+    if any(math.isnan(record.logprob) for record in prompt_logprobs):
+        return ChunkResult(failure=NOT_FINITE)
     kept: list[Sample] = []
     for sample, draft in zip(samples, (*chunk.draft_token_ids, None), strict=False):
         if sample.failure is not None:

@@ -382,6 +382,16 @@ async def test_not_a_number_fails_that_request_alone(build_fake_engine: BuildEng
         engine.check_health()
 
 
+async def test_not_a_number_as_a_prompts_logprob_fails_the_request_too(
+    build_fake_engine: BuildEngine, fake_model: Any
+) -> None:
+    """A text that was only scored was answered with NaN, which is no JSON."""
+    fake_model.nan_on = {61}
+    async with running(build_fake_engine()) as engine:
+        with pytest.raises(EngineError, match="not finite"):
+            await _chunks(engine, _request("a", [1, 61, 2], max_tokens=0, num_prompt_logprobs=0))
+
+
 async def test_when_nothing_works_any_more_everybody_is_told(build_fake_engine: BuildEngine, fake_model: Any) -> None:
     engine = build_fake_engine(max_batch_size=2)
     await engine.start()
