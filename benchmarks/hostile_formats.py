@@ -26,6 +26,7 @@ STREAM = {
 }
 SILENCE_LIMIT_S = 120.0
 NUM_BODIES = 40  # different ones of a kind
+Kind = tuple[str, Callable[[int], dict[str, Any]]]
 
 
 def main() -> None:
@@ -34,6 +35,7 @@ def main() -> None:
     parser.add_argument("--model", default="demo")
     parser.add_argument("--streams", type=int, default=8)
     parser.add_argument("--seconds", type=float, default=5.0, help="for each kind of request")
+    parser.add_argument("--kinds", help="only these, separated by semicolons")
     parser.add_argument("--server", nargs=argparse.REMAINDER, default=[], help="more options for the server")
     options = parser.parse_args()
     command = [sys.executable, "-m", "lmdserve", "--model", options.model, "--server-port", "0", *options.server]
@@ -41,13 +43,15 @@ def main() -> None:
     try:
         assert process.stdout is not None
         url = next(found.group() for line in process.stdout if (found := re.search(r"http://\S+?:\d+", line)))
-        asyncio.run(_run(url, options.streams, options.seconds))
+        names = None if options.kinds is None else options.kinds.split(";")
+        kinds = [(name, make) for name, make in _kinds() if names is None or name in names]
+        asyncio.run(_run(url, kinds, options.streams, options.seconds))
     finally:
         process.terminate()
         process.wait()
 
 
-async def _run(url: str, num_streams: int, seconds: float) -> None:
+async def _run(url: str, kinds: Sequence[Kind], num_streams: int, seconds: float) -> None:
     print(
         "| request | sent | statuses | longest, ms | gap p50, ms | p99 | max |\n|---|---|---|---|---|---|---|",
         flush=True,
@@ -57,7 +61,7 @@ async def _run(url: str, num_streams: int, seconds: float) -> None:
         streams = Streams(session)
         tasks = [asyncio.create_task(streams.follow()) for _ in range(num_streams)]
         await asyncio.sleep(2.0)
-        for name, make in [("none", None), *_kinds(), ("none, again", None)]:
+        for name, make in [("none", None), *kinds, ("none, again", None)]:
             bodies = [] if make is None else [_body(make(number)) for number in range(NUM_BODIES)]
             await asyncio.sleep(0.5)  # what the last kind began is over
             streams.gaps_s.clear()
@@ -118,7 +122,7 @@ def _percentiles(values: Sequence[float]) -> tuple[float, float, float]:
     return in_order[len(in_order) // 2], in_order[int(len(in_order) * 0.99)], in_order[-1]
 
 
-def _kinds() -> Iterator[tuple[str, Callable[[int], dict[str, Any]]]]:
+def _kinds() -> Iterator[Kind]:
     """Yield each kind of request, as the fields of the n-th one: none has been compiled before."""
     city = {"type": "object", "properties": {"city": {"type": "string", "maxLength": 8}}, "additionalProperties": False}
     yield "choices of three, twelve at once", lambda n: {"guided_json": _exponential(12, n)}
@@ -135,6 +139,8 @@ def _kinds() -> Iterator[tuple[str, Callable[[int], dict[str, Any]]]]:
     yield "128 tools", lambda n: {"tools": [_tool(f"f{i}_{n}", city) for i in range(128)], "tool_choice": "required"}
     yield "128 tools of 81 cases each", lambda n: {"tools": [_tool(f"f{i}", _exponential(4, n)) for i in range(128)]}
     yield "tools of 1 MB", lambda n: {"tools": [_tool(f"f{n}", {"properties": {f"p{i}": city for i in range(8_000)}})]}
+    yield "empty lists of 3 MB", lambda n: {"metadata": [[]] * 1_000_000, "seed": n}
+    yield "64 costly choices", lambda n: {"regex": f"[a-z ]*a[a-z ]{{40}}{n}", "n": 64}
     yield "a check of 2^60 steps", lambda n: {"guided_json": _slow_check(n), "max_tokens": 400}
     yield "3,000 brackets", lambda n: {"grammar": "start: " + "(" * 3000 + f'"a{n}"' + ")" * 3000}
 
