@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from .ngram import NgramIndex
-from .sequence import Sequence
+from .sequence import Sequence, has_penalties
 
 # With more sequences a step's rows fill the device, or nearly: 4-bit products are as fast for 64 rows as for one.
 MAX_SEQUENCES = 12
@@ -165,9 +165,7 @@ def _may_guess(sequence: Sequence) -> bool:
     """Whether the tokens of a request are independent of how many a step brings; penalties count those before."""
     sampling = sequence.sampling
     return (
-        sampling.repetition_penalty == 1.0
-        and sampling.presence_penalty == 0.0
-        and sampling.frequency_penalty == 0.0
+        not has_penalties(sampling)
         and not sampling.logit_bias
         and sequence.constraint is None
         and sequence.num_output_tokens >= sampling.min_tokens
