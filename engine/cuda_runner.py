@@ -14,6 +14,7 @@ import torch
 
 from lmdserve.kernels.attention_workspace import DEFAULT_SCRATCH_BYTES, AttentionWorkspace
 
+from .compute_stream import compute_stream
 from .device_sampler import DeviceSampler, TokenMasks
 from .graphs import DecodeGraphs
 from .kv_cache import KVCache
@@ -72,7 +73,7 @@ class CudaRunner:
             StepBuffers(decoder.config, limits, dtype=decoder.dtype, device=self._device),
             _attention_workspace(decoder, limits, kv_cache),
         )
-        self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        self._stream = compute_stream(self._device, self)
         self._sampler = DeviceSampler(limits.num_slots, decoder.config.vocab_size, self._device)
         self._logprobs = LogprobReader(limits.num_slots, decoder.config.vocab_size, self._device)
         self._slots = SlotWriter(decoder.config, memory.tables, self._sampler)

@@ -61,6 +61,7 @@ class Jobs:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        self._swapper.close()
         self._board.close()
 
     async def quantize(self, job: Job) -> None:

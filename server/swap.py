@@ -11,8 +11,9 @@ import gc
 import logging
 import uuid
 from collections.abc import Callable
-from concurrent.futures import Executor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import aclosing
+from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple, Protocol, cast
 
@@ -81,6 +82,8 @@ class Swapper:
         self._prompt_threads = prompt_threads
         self._history: list[Target] = []  # what `rollback` goes back to, last first
         self._turn = asyncio.Lock()
+        # cuBLAS keeps memory for every thread that ever called it, too, so one thread loads.
+        self._loading_thread = ThreadPoolExecutor(1, thread_name_prefix="lmdserve-load")
         self.can_cancel = False  # the running swap has not changed anything yet
 
     @property
@@ -92,6 +95,10 @@ class Swapper:
     def previous(self) -> Target | None:
         """What a rollback would go back to."""
         return self._history[-1] if self._history else None
+
+    def close(self) -> None:
+        """Let the loading thread end, once no change is under way."""
+        self._loading_thread.shutdown(wait=False)
 
     async def plan(self, target: Target, how: How) -> SwapPlan:
         """Say how the target would take the place of the running checkpoint; ConfigError when it cannot."""
@@ -186,9 +193,8 @@ class Swapper:
     async def _load(self, target: Target, on_phase: OnPhase) -> Serving:
         """Return the target loaded, started and warmed up; when this is cancelled it is released again."""
         on_phase("load")
-        loading = asyncio.ensure_future(
-            asyncio.to_thread(self._loader.load, target.folder, checkpoint=target.checkpoint)
-        )
+        load = partial(self._loader.load, target.folder, checkpoint=target.checkpoint)
+        loading = asyncio.get_running_loop().run_in_executor(self._loading_thread, load)
         try:
             engine, model = await asyncio.shield(loading)
         except asyncio.CancelledError:
