@@ -2,18 +2,18 @@
 
 import asyncio
 import sys
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from tokenizers import Tokenizer
 
 import lmdserve
-from lmdserve.engine.api import EngineStats, Request, SamplingParams, TokenLogprob
+from lmdserve.engine.api import Chunk, EngineStats, Request, SamplingParams, TokenLogprob
 from lmdserve.engine.config import EngineConfig
 from lmdserve.engine.load_engine import load_engine
 from lmdserve.engine.loop import AsyncEngine
@@ -94,6 +94,31 @@ def make_requests(
         Request(uid=f"{label}{index}", prompt_token_ids=prompt, sampling=sampling, deterministic=is_deterministic)
         for index, prompt in enumerate(prompts)
     ]
+
+
+def make_request(
+    uid: str, prompt: Sequence[int], *, num_prompt_logprobs: int | None = None, **sampling: Any
+) -> Request:
+    """Return a request for up to 8 tokens, greedy, unless told otherwise."""
+    params = SamplingParams(**({"temperature": 0.0, "max_tokens": 8} | sampling))
+    return Request(uid=uid, prompt_token_ids=prompt, sampling=params, num_prompt_logprobs=num_prompt_logprobs)
+
+
+async def chunks_of(engine: AsyncEngine, request: Request) -> list[Chunk]:
+    """Return everything a request's reader is given."""
+    return [chunk async for chunk in engine.generate(request)]
+
+
+async def tokens_of(engine: AsyncEngine, request: Request) -> list[int]:
+    """Return a request's answer."""
+    return [token_id for chunk in await chunks_of(engine, request) for token_id in chunk.token_ids]
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Wait for something that is bound to come."""
+    async with asyncio.timeout(10):
+        while not condition():
+            await asyncio.sleep(0.001)
 
 
 def greedy(num_tokens: int, *, num_logprobs: int | None = None) -> SamplingParams:

@@ -1,23 +1,19 @@
-"""The engine's life: submitting, streaming, aborting, draining, failing and dying, over a fake model."""
+"""Requests through the engine, over a fake model: what comes out, what is refused, who waits and who leaves."""
 
 import asyncio
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import aclosing
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from engine_runs import running
+from engine_runs import chunks_of, make_request, running, tokens_of, until
 
 from lmdserve.engine import loop
 from lmdserve.engine.api import (
-    Chunk,
     ContextTooLongError,
-    EngineDeadError,
-    EngineDrainingError,
-    EngineError,
     EngineInfo,
     FinishReason,
     InvalidRequestError,
@@ -32,28 +28,9 @@ from lmdserve.engine.sequence import new_sequence
 BuildEngine = Callable[..., AsyncEngine]
 
 
-def _request(uid: str, prompt: Sequence[int], *, num_prompt_logprobs: int | None = None, **sampling: Any) -> Request:
-    params = SamplingParams(**({"temperature": 0.0, "max_tokens": 8} | sampling))
-    return Request(uid=uid, prompt_token_ids=prompt, sampling=params, num_prompt_logprobs=num_prompt_logprobs)
-
-
-async def _chunks(engine: AsyncEngine, request: Request) -> list[Chunk]:
-    return [chunk async for chunk in engine.generate(request)]
-
-
-async def _tokens(engine: AsyncEngine, request: Request) -> list[int]:
-    return [token_id for chunk in await _chunks(engine, request) for token_id in chunk.token_ids]
-
-
-async def _until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(10):
-        while not condition():
-            await asyncio.sleep(0.001)
-
-
 async def test_greedy_output_is_the_models_own(build_fake_engine: BuildEngine, fake_model: Any) -> None:
     async with running(build_fake_engine()) as engine:
-        chunks = await _chunks(engine, _request("a", [1, 2, 3], max_tokens=20))
+        chunks = await chunks_of(engine, make_request("a", [1, 2, 3], max_tokens=20))
     token_ids = [token_id for chunk in chunks for token_id in chunk.token_ids]
     assert token_ids == fake_model.greedy([1, 2, 3], 20)
     assert [chunk.finish_reason for chunk in chunks[:-1]] == [None] * (len(chunks) - 1)
@@ -65,8 +42,8 @@ async def test_an_end_of_sequence_token_ends_and_is_handed_over(
 ) -> None:
     prompt = next([n] for n in range(60) if len(fake_model.greedy([n], 50)) < 50)
     async with running(build_fake_engine()) as engine:
-        chunks = await _chunks(engine, _request("a", prompt, max_tokens=50))
-        ignoring = await _tokens(engine, _request("b", prompt, max_tokens=50, ignore_eos=True))
+        chunks = await chunks_of(engine, make_request("a", prompt, max_tokens=50))
+        ignoring = await tokens_of(engine, make_request("b", prompt, max_tokens=50, ignore_eos=True))
     token_ids = [token_id for chunk in chunks for token_id in chunk.token_ids]
     assert token_ids == fake_model.greedy(prompt, 50)
     assert (token_ids[-1], chunks[-1].finish_reason) == (63, FinishReason.STOP)
@@ -80,7 +57,7 @@ async def test_requests_join_and_leave_at_every_step(build_fake_engine: BuildEng
     async def late(engine: AsyncEngine, index: int) -> list[int]:
         await asyncio.sleep(rng.random() * 0.2)
         prompt, max_tokens = jobs[index]
-        return await _tokens(engine, _request(f"r{index}", prompt, max_tokens=max_tokens))
+        return await tokens_of(engine, make_request(f"r{index}", prompt, max_tokens=max_tokens))
 
     async with running(build_fake_engine(num_blocks=20)) as engine:
         outputs = await asyncio.gather(*(late(engine, index) for index in range(len(jobs))))
@@ -111,19 +88,19 @@ async def test_sampling_sees_every_token_before_also_those_in_flight(
         {"min_tokens": 3, "logit_bias": {63: 9.0}, "presence_penalty": 1.0},
     ]  # fmt: skip
     requests = [
-        _request(
+        make_request(
             f"r{n}", [rng.randrange(60) for _ in range(rng.randint(1, 12))], max_tokens=12, **({"seed": n} | fields)
         )
         for n, fields in enumerate(choices * 4)
     ]
     async with running(build_fake_engine(num_blocks=24)) as engine:
-        outputs = await asyncio.gather(*(_tokens(engine, request) for request in requests))
+        outputs = await asyncio.gather(*(tokens_of(engine, request) for request in requests))
     assert outputs == [_decode_alone(fake_model, request) for request in requests]
 
 
 async def test_max_tokens_is_clipped_to_the_context(build_fake_engine: BuildEngine) -> None:
     async with running(build_fake_engine(session_len=20)) as engine:
-        chunks = await _chunks(engine, _request("a", range(15), max_tokens=1000, ignore_eos=True))
+        chunks = await chunks_of(engine, make_request("a", range(15), max_tokens=1000, ignore_eos=True))
     assert sum(len(chunk.token_ids) for chunk in chunks) == 5
     assert chunks[-1].finish_reason is FinishReason.LENGTH
 
@@ -131,8 +108,8 @@ async def test_max_tokens_is_clipped_to_the_context(build_fake_engine: BuildEngi
 async def test_prompt_logprobs_come_once_with_the_first_chunk(build_fake_engine: BuildEngine, fake_model: Any) -> None:
     prompt = list(range(20, 45))
     async with running(build_fake_engine(max_prefill_tokens=4)) as engine:
-        chunks = await _chunks(engine, _request("a", prompt, num_logprobs=1, num_prompt_logprobs=2))
-        (scored,) = await _chunks(engine, _request("b", prompt, max_tokens=0, num_prompt_logprobs=0))
+        chunks = await chunks_of(engine, make_request("a", prompt, num_logprobs=1, num_prompt_logprobs=2))
+        (scored,) = await chunks_of(engine, make_request("b", prompt, max_tokens=0, num_prompt_logprobs=0))
     assert [chunk.prompt_logprobs is None for chunk in chunks] == [False] + [True] * (len(chunks) - 1)
     records = chunks[0].prompt_logprobs
     assert records is not None
@@ -151,8 +128,8 @@ async def test_prompt_logprobs_come_once_with_the_first_chunk(build_fake_engine:
 async def test_cached_prompt_tokens_are_reported(build_fake_engine: BuildEngine, fake_model: Any) -> None:
     prompt = list(range(13))
     async with running(build_fake_engine(block_size=4)) as engine:
-        cold = await _chunks(engine, _request("cold", prompt))
-        warm = await _chunks(engine, _request("warm", prompt))
+        cold = await chunks_of(engine, make_request("cold", prompt))
+        warm = await chunks_of(engine, make_request("warm", prompt))
         stats = engine.stats()
     assert {chunk.num_cached_tokens for chunk in cold} == {0}
     assert {chunk.num_cached_tokens for chunk in warm} == {12}
@@ -192,7 +169,7 @@ async def test_what_cannot_be_honoured_is_refused_before_anything_runs(
 ) -> None:
     async with running(build_fake_engine()) as engine:
         with pytest.raises(InvalidRequestError, match=message) as refusal:
-            await _chunks(engine, _request("a", **({"prompt": [1]} | fields)))
+            await chunks_of(engine, make_request("a", **({"prompt": [1]} | fields)))
         assert refusal.value.param == param
     assert fake_model.num_steps == 0
 
@@ -200,19 +177,19 @@ async def test_what_cannot_be_honoured_is_refused_before_anything_runs(
 async def test_a_prompt_without_room_for_an_answer_is_refused_with_both_numbers(build_fake_engine: BuildEngine) -> None:
     async with running(build_fake_engine(session_len=20)) as engine:
         with pytest.raises(ContextTooLongError, match=r"20 tokens.* 20 tokens") as refusal:
-            await _chunks(engine, _request("a", range(20)))
+            await chunks_of(engine, make_request("a", range(20)))
         assert (refusal.value.num_prompt_tokens, refusal.value.session_len) == (20, 20)
-        assert len(await _tokens(engine, _request("b", range(19), ignore_eos=True))) == 1
+        assert len(await tokens_of(engine, make_request("b", range(19), ignore_eos=True))) == 1
 
 
 async def test_an_id_in_use_is_refused_and_the_first_request_is_unharmed(
     build_fake_engine: BuildEngine, fake_model: Any
 ) -> None:
     async with running(build_fake_engine()) as engine:
-        first = asyncio.create_task(_tokens(engine, _request("same", [1, 2])))
-        await _until(lambda: engine.stats().num_running == 1)
+        first = asyncio.create_task(tokens_of(engine, make_request("same", [1, 2])))
+        await until(lambda: engine.stats().num_running == 1)
         with pytest.raises(InvalidRequestError, match="running already"):
-            await _chunks(engine, _request("same", [3]))
+            await chunks_of(engine, make_request("same", [3]))
         assert await first == fake_model.greedy([1, 2], 8)
 
 
@@ -221,23 +198,23 @@ async def test_what_cannot_be_deterministic_says_so(build_fake_engine: BuildEngi
     request = Request(uid="a", prompt_token_ids=[1], sampling=params, deterministic=True)
     async with running(build_fake_engine(can_be_deterministic=False)) as engine:
         with pytest.raises(InvalidRequestError, match="not possible with this server's compute type") as refusal:
-            await _chunks(engine, request)
+            await chunks_of(engine, request)
         assert refusal.value.param == "deterministic"
     async with running(build_fake_engine()) as engine:
-        assert await _tokens(engine, request) == fake_model.greedy([1], 3)
+        assert await tokens_of(engine, request) == fake_model.greedy([1], 3)
 
 
 async def test_a_full_queue_refuses_with_an_estimate(build_fake_engine: BuildEngine, fake_model: Any) -> None:
     async with running(build_fake_engine(max_batch_size=1, max_queue_size=2)) as engine:
         fake_model.gate.clear()
-        tasks = [asyncio.create_task(_tokens(engine, _request(f"r{n}", [n]))) for n in range(3)]
-        await _until(lambda: len(engine._streams) == 3)
+        tasks = [asyncio.create_task(tokens_of(engine, make_request(f"r{n}", [n]))) for n in range(3)]
+        await until(lambda: len(engine._streams) == 3)
         with pytest.raises(QueueFullError, match="3 requests are running or waiting") as refusal:
-            await _chunks(engine, _request("one too many", [9]))
+            await chunks_of(engine, make_request("one too many", [9]))
         assert refusal.value.retry_after_s > 0
         fake_model.gate.set()
         assert await asyncio.gather(*tasks) == [fake_model.greedy([n], 8) for n in range(3)]
-        await _tokens(engine, _request("there is room again", [9]))
+        await tokens_of(engine, make_request("there is room again", [9]))
 
 
 def test_the_estimate_is_the_mean_time_between_finishes() -> None:
@@ -256,14 +233,14 @@ async def test_the_estimate_leaves_out_the_time_without_requests(
     """A burst after a quiet night was told to come back in minutes: the night counted as time between two finishes."""
     async with running(build_fake_engine(max_batch_size=1, max_queue_size=1)) as engine:
         for uid in ("a", "b"):
-            await _tokens(engine, _request(uid, [1]))
-        await _until(lambda: engine._is_idle)
+            await tokens_of(engine, make_request(uid, [1]))
+        await until(lambda: engine._is_idle)
         monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: time.monotonic() + 36_000.0))
         fake_model.gate.clear()
-        tasks = [asyncio.create_task(_tokens(engine, _request(f"r{n}", [n]))) for n in range(2)]
-        await _until(lambda: engine.stats().num_running == 1)
+        tasks = [asyncio.create_task(tokens_of(engine, make_request(f"r{n}", [n]))) for n in range(2)]
+        await until(lambda: engine.stats().num_running == 1)
         with pytest.raises(QueueFullError) as refusal:
-            await _chunks(engine, _request("one too many", [9]))
+            await chunks_of(engine, make_request("one too many", [9]))
         fake_model.gate.set()
         await asyncio.gather(*tasks)
     assert refusal.value.retry_after_s < 60.0
@@ -273,14 +250,14 @@ async def test_closing_the_iterator_frees_the_blocks_with_the_steps_in_flight(
     build_fake_engine: BuildEngine, fake_model: Any
 ) -> None:
     async with running(build_fake_engine()) as engine:
-        async with aclosing(engine.generate(_request("a", [1, 2], max_tokens=50, ignore_eos=True))) as chunks:
+        async with aclosing(engine.generate(make_request("a", [1, 2], max_tokens=50, ignore_eos=True))) as chunks:
             await anext(chunks)
             fake_model.gate.clear()
             await asyncio.sleep(0.01)
         num_steps = fake_model.num_steps
         assert engine.stats().num_running == 0
         fake_model.gate.set()
-        await _until(lambda: engine.stats().num_used_blocks == 0)
+        await until(lambda: engine.stats().num_used_blocks == 0)
         assert fake_model.num_steps <= num_steps + engine._stepper._runner.max_in_flight
 
 
@@ -288,11 +265,11 @@ async def test_closing_before_the_first_chunk_and_cancelling_a_reader_abort_too(
     build_fake_engine: BuildEngine, fake_model: Any
 ) -> None:
     async with running(build_fake_engine()) as engine:
-        await engine.generate(_request("never read", [1])).aclose()
+        await engine.generate(make_request("never read", [1])).aclose()
         assert engine.stats().num_waiting == 0
         fake_model.gate.clear()
-        reader = asyncio.create_task(_tokens(engine, _request("cancelled", [1], max_tokens=50)))
-        await _until(lambda: engine.stats().num_running == 1)
+        reader = asyncio.create_task(tokens_of(engine, make_request("cancelled", [1], max_tokens=50)))
+        await until(lambda: engine.stats().num_running == 1)
         reader.cancel()
         with pytest.raises(asyncio.CancelledError):
             await reader
@@ -304,11 +281,11 @@ async def test_a_late_close_does_not_hit_a_new_request_of_the_same_id(
     build_fake_engine: BuildEngine, fake_model: Any
 ) -> None:
     async with running(build_fake_engine()) as engine:
-        old = engine.generate(_request("same", [1], max_tokens=1))
+        old = engine.generate(make_request("same", [1], max_tokens=1))
         assert (await anext(old)).finish_reason is FinishReason.LENGTH
         fake_model.gate.clear()
-        new = asyncio.create_task(_tokens(engine, _request("same", [2])))
-        await _until(lambda: engine.stats().num_running == 1)
+        new = asyncio.create_task(tokens_of(engine, make_request("same", [2])))
+        await until(lambda: engine.stats().num_running == 1)
         await old.aclose()
         fake_model.gate.set()
         assert await new == fake_model.greedy([2], 8)
@@ -322,7 +299,7 @@ async def test_a_storm_of_aborts_leaves_the_others_whole(build_fake_engine: Buil
         num_wanted = rng.choice([None, 0, 1, 3])
         await asyncio.sleep(rng.random() * 0.1)
         received: list[int] = []
-        async with aclosing(engine.generate(_request(f"r{index}", prompt, max_tokens=12))) as chunks:
+        async with aclosing(engine.generate(make_request(f"r{index}", prompt, max_tokens=12))) as chunks:
             async for chunk in chunks:
                 received += chunk.token_ids
                 if num_wanted is not None and len(received) > num_wanted:
@@ -334,7 +311,7 @@ async def test_a_storm_of_aborts_leaves_the_others_whole(build_fake_engine: Buil
     async with running(build_fake_engine(num_blocks=11, max_queue_size=200)) as engine:
         async with asyncio.timeout(60):
             await asyncio.gather(*(reader(engine, index) for index in range(150)))
-        await _until(lambda: engine.stats().num_used_blocks == 0)
+        await until(lambda: engine.stats().num_used_blocks == 0)
         stats = engine.stats()
     assert (stats.num_waiting, stats.num_used_blocks) == (0, 0)
     assert stats.preemptions_total > 0
@@ -344,182 +321,21 @@ async def test_a_slow_reader_holds_up_nobody_and_gets_everything_at_once(
     build_fake_engine: BuildEngine, fake_model: Any
 ) -> None:
     async with running(build_fake_engine()) as engine:
-        slow = engine.generate(_request("slow", [1, 2], max_tokens=40, ignore_eos=True))
+        slow = engine.generate(make_request("slow", [1, 2], max_tokens=40, ignore_eos=True))
         first = await anext(slow)
-        fast = await _tokens(engine, _request("fast", [3, 4], max_tokens=40, ignore_eos=True))
-        await _until(lambda: engine.stats().num_running == 0)  # `slow` is computed, and still unread
+        fast = await tokens_of(engine, make_request("fast", [3, 4], max_tokens=40, ignore_eos=True))
+        await until(lambda: engine.stats().num_running == 0)  # `slow` is computed, and still unread
         rest = [chunk async for chunk in slow]
     assert len(fast) == 40
     assert len(rest) == 1
     assert len(first.token_ids + rest[0].token_ids) == 40
 
 
-async def test_a_request_that_makes_the_step_raise_fails_alone(build_fake_engine: BuildEngine, fake_model: Any) -> None:
-    fake_model.raises_on = {62}
-    async with running(build_fake_engine()) as engine:
-        results = await asyncio.gather(
-            *(_tokens(engine, _request(f"r{n}", [n, 62 if n == 3 else 0])) for n in range(6)), return_exceptions=True
-        )
-        assert isinstance(results[3], EngineError)
-        assert not isinstance(results[3], EngineDeadError)
-        assert "the fake model was told to raise" in str(results[3])
-        assert results[:3] + results[4:] == [fake_model.greedy([n, 0], 8) for n in range(6) if n != 3]
-        with pytest.raises(EngineError, match="told to raise"):
-            await _tokens(engine, _request("alone", [62]))
-        engine.check_health()
-        assert await _tokens(engine, _request("after", [5])) == fake_model.greedy([5], 8)
-
-
-async def test_not_a_number_fails_that_request_alone(build_fake_engine: BuildEngine, fake_model: Any) -> None:
-    fake_model.nan_on = {61}
-    async with running(build_fake_engine()) as engine:
-        results = await asyncio.gather(
-            *(_tokens(engine, _request(f"r{n}", [n, 61 if n == 2 else 0])) for n in range(4)), return_exceptions=True
-        )
-        assert isinstance(results[2], EngineError)
-        assert "not finite (NaN or infinity)" in str(results[2])
-        assert results[:2] + results[3:] == [fake_model.greedy([n, 0], 8) for n in range(4) if n != 2]
-        engine.check_health()
-
-
-async def test_not_a_number_as_a_prompts_logprob_fails_the_request_too(
-    build_fake_engine: BuildEngine, fake_model: Any
-) -> None:
-    """A text that was only scored was answered with NaN, which is no JSON."""
-    fake_model.nan_on = {61}
-    async with running(build_fake_engine()) as engine:
-        with pytest.raises(EngineError, match="not finite"):
-            await _chunks(engine, _request("a", [1, 61, 2], max_tokens=0, num_prompt_logprobs=0))
-
-
-async def test_when_nothing_works_any_more_everybody_is_told(build_fake_engine: BuildEngine, fake_model: Any) -> None:
-    engine = build_fake_engine(max_batch_size=2)
-    await engine.start()
-    fake_model.gate.clear()
-    tasks = [asyncio.create_task(_tokens(engine, _request(f"r{n}", [n]))) for n in range(5)]
-    await _until(lambda: engine.stats().num_running == 2)
-    fake_model.is_broken = True
-    fake_model.gate.set()
-    for error in await asyncio.gather(*tasks, return_exceptions=True):
-        assert isinstance(error, EngineDeadError)
-        assert "cannot compute any more" in str(error)
-    with pytest.raises(EngineDeadError, match="cannot compute"):
-        engine.check_health()
-    with pytest.raises(EngineDeadError, match="cannot compute"):
-        await _tokens(engine, _request("late", [1]))
-    await engine.stop(0.0)
-
-
-async def test_a_step_that_hangs_is_noticed(build_fake_engine: BuildEngine, fake_model: Any) -> None:
-    engine = build_fake_engine(step_limit_s=1.0)
-    await engine.start()
-    fake_model.gate.clear()
-    task = asyncio.create_task(_tokens(engine, _request("a", [1])))
-    await asyncio.sleep(0.1)
-    engine.check_health()
-    assert engine.stats().heartbeat_age_s > 0.05
-    with pytest.raises(EngineDeadError, match=r"has not come back for 1 s"):
-        await task
-    with pytest.raises(EngineDeadError, match="has not come back"):
-        engine.check_health()
-    fake_model.gate.set()
-    await engine.stop(0.0)
-
-
-async def test_a_bug_in_the_loop_kills_the_engine_and_not_silently(
-    build_fake_engine: BuildEngine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    engine = build_fake_engine()
-    await engine.start()
-
-    def broken() -> None:
-        raise ValueError("a bug")
-
-    monkeypatch.setattr(engine._scheduler, "schedule", broken)
-    with pytest.raises(EngineDeadError, match="ValueError: a bug"):
-        await _tokens(engine, _request("a", [1]))
-    with pytest.raises(EngineDeadError, match="a bug"):
-        engine.check_health()
-    await engine.stop(0.0)
-
-
-async def test_health_of_an_engine_that_never_started_and_one_that_stopped(build_fake_engine: BuildEngine) -> None:
-    engine = build_fake_engine()
-    with pytest.raises(EngineDeadError, match="not running"):
-        engine.check_health()
-    with pytest.raises(EngineError, match=r"call start\(\) first"):
-        await _tokens(engine, _request("a", [1]))
-    await engine.start()
-    await asyncio.sleep(0.05)
-    engine.check_health()
-    assert engine.stats().heartbeat_age_s == 0.0, "sleeping with nothing to do is healthy"
-    await engine.stop(1.0)
-    with pytest.raises(EngineDeadError, match="not running"):
-        engine.check_health()
-    with pytest.raises(RuntimeError, match="started before"):
-        await engine.start()
-
-
-async def test_stopping_lets_running_requests_finish_and_takes_no_new_ones(
-    build_fake_engine: BuildEngine, fake_model: Any
-) -> None:
-    engine = build_fake_engine(max_batch_size=2)
-    await engine.start()
-    fake_model.gate.clear()
-    tasks = [asyncio.create_task(_tokens(engine, _request(f"r{n}", [n]))) for n in range(5)]
-    await _until(lambda: len(engine._streams) == 5)
-    stopping = asyncio.create_task(engine.stop(10.0))
-    await asyncio.sleep(0)
-    with pytest.raises(EngineDrainingError):
-        await _tokens(engine, _request("late", [1]))
-    fake_model.gate.set()
-    await stopping
-    assert await asyncio.gather(*tasks) == [fake_model.greedy([n], 8) for n in range(5)]
-
-
-async def test_stopping_aborts_what_does_not_finish_in_time(build_fake_engine: BuildEngine, fake_model: Any) -> None:
-    engine = build_fake_engine(max_batch_size=2)
-    await engine.start()
-    fake_model.gate.clear()
-    tasks = [asyncio.create_task(_chunks(engine, _request(f"r{n}", [n]))) for n in range(4)]
-    await _until(lambda: len(engine._streams) == 4)
-    asyncio.get_running_loop().call_later(0.15, fake_model.gate.set)
-    started_s = time.monotonic()
-    await engine.stop(0.05)
-    assert time.monotonic() - started_s < 2.0
-    for chunks in await asyncio.gather(*tasks):
-        assert chunks[-1].finish_reason is FinishReason.ABORT
-    engine._scheduler.check()
-    stats = engine.stats()
-    assert (stats.num_running, stats.num_waiting, stats.num_used_blocks) == (0, 0, 0)
-
-
-async def test_a_step_that_never_ends_does_not_hold_up_stopping(
-    build_fake_engine: BuildEngine, fake_model: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(loop, "LAST_STEP_LIMIT_S", 0.1)
-    engine = build_fake_engine()
-    await engine.start()
-    fake_model.gate.clear()
-    reader = asyncio.create_task(_chunks(engine, _request("a", [1])))
-    await _until(lambda: engine.stats().num_running == 1)
-    async with asyncio.timeout(5.0):
-        await engine.stop(0.0)
-    assert (await reader)[-1].finish_reason is FinishReason.ABORT
-    with pytest.raises(EngineDeadError, match="the engine was stopped"):
-        engine.check_health()
-    fake_model.gate.set()
-
-
-async def test_stopping_an_engine_that_never_started_is_fine(build_fake_engine: BuildEngine) -> None:
-    await build_fake_engine().stop(1.0)
-
-
 async def test_the_event_loop_stays_free_while_a_step_runs(build_fake_engine: BuildEngine, fake_model: Any) -> None:
     async with running(build_fake_engine()) as engine:
         fake_model.gate.clear()
-        task = asyncio.create_task(_tokens(engine, _request("a", [1])))
-        await _until(lambda: engine.stats().num_running == 1)
+        task = asyncio.create_task(tokens_of(engine, make_request("a", [1])))
+        await until(lambda: engine.stats().num_running == 1)
         started_s = time.monotonic()
         for _ in range(20):
             await asyncio.sleep(0.001)
