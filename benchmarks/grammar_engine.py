@@ -15,6 +15,7 @@ engine are understood.
 
 import asyncio
 import datetime
+import gc
 import hashlib
 import itertools
 import os
@@ -153,6 +154,8 @@ async def measure(config: EngineConfig, batches: Sequence[int], kinds: Sequence[
     rules = order_rules(Path(resolve_model_folder(config.model, config.revision)))
     engine = load_engine(config)
     await engine.start()
+    gc.collect()
+    gc.freeze()  # as the server does
     for size in batches:
         for kind in kinds:
             if size > 1 or kind not in ("half free", "one costly"):

@@ -17,13 +17,13 @@ from ctypes import addressof, c_char
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from .json_schema import MAX_NESTING, is_nested_deeper_than
 from .relaxed_schema import NUM_HARMLESS_STEPS, NUM_STEPS, relaxed
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
 MAX_SOURCE_CHARS = 512 * 1024  # of one grammar, schemas of its tools included; 2000 properties are 150 KiB
-MAX_NESTING = 64
 # Texts that grammars force, with their tokens: the same ones come back with every call of a tool. 6 us less a token.
 MAX_REMEMBERED_TEXTS, MAX_REMEMBERED_CHARS = 4096, 256
 MAX_CACHED = 128  # compiled grammars
@@ -248,7 +248,7 @@ def schema_term(schema: Any, *, step: int, spacing: Mapping[str, Any] = ANY_SPAC
     if schema is not True and not isinstance(schema, Mapping):
         raise GrammarError("the schema must be a JSON object")
     proper = dict(schema) if isinstance(schema, Mapping) else {}
-    if _is_deeper_than(proper, MAX_NESTING):
+    if is_nested_deeper_than(proper, MAX_NESTING):
         raise GrammarError(f"the schema is nested deeper than {MAX_NESTING} levels; flatten it")
     if step:
         proper = relaxed(proper, step)
@@ -346,18 +346,3 @@ def _left_out(messages: Sequence[str]) -> tuple[str, ...]:
             names.update(json.loads(match[1]))
         names.update(keyword for sign, keyword in _SIGNS_OF.items() if sign in message)
     return tuple(sorted(names))
-
-
-def _is_deeper_than(value: object, limit: int) -> bool:
-    level: list[object] = [value]
-    for _ in range(limit):
-        level = [child for parent in level for child in _children(parent)]
-        if not level:
-            return False
-    return True
-
-
-def _children(value: object) -> list[object]:
-    if isinstance(value, Mapping):
-        return list(value.values())
-    return list(value) if isinstance(value, list | tuple) else []

@@ -15,6 +15,7 @@ from typing import Any, TypeAlias
 
 JsonObject: TypeAlias = dict[str, Any]
 
+MAX_NESTING = 64  # of a schema or tool; real ones stay below 20, and recursion is safe to here
 _TYPE_NAMES: dict[str, tuple[str, ...]] = {
     "string": ("string", "str", "text", "char", "varchar"),
     "integer": ("integer", "int", "int32", "int64", "long", "short", "byte"),
@@ -87,6 +88,16 @@ def normalize_schema(schema: object, path: str) -> JsonObject | bool:
     return _normalize_object(schema, path)
 
 
+def is_nested_deeper_than(value: object, limit: int) -> bool:
+    """Return whether a JSON value has more than so many lists and objects inside each other."""
+    level: list[object] = [value]
+    for _ in range(limit):
+        level = [child for parent in level for child in _children(parent)]
+        if not level:
+            return False
+    return any(isinstance(child, Mapping | list | tuple) for child in level)
+
+
 def with_known_draft(schema: Mapping[str, Any]) -> JsonObject:
     """Return the schema under the proper name of its draft; an unknown name is left out, as it means the newest."""
     name = schema.get("$schema")
@@ -106,6 +117,12 @@ def describe(value: object) -> str:
         (Mapping, "an object"),
     )
     return next((kind for types, kind in kinds if isinstance(value, types)), type(value).__name__)
+
+
+def _children(value: object) -> list[object]:
+    if isinstance(value, Mapping):
+        return list(value.values())
+    return list(value) if isinstance(value, list | tuple) else []
 
 
 def _normalize_object(schema: Mapping[str, Any], path: str) -> JsonObject:

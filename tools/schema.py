@@ -8,9 +8,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from .code_call import CODE_TOOL_NAME
-from .json_schema import JsonObject, SchemaError, describe, normalize_schema
+from .json_schema import MAX_NESTING, JsonObject, SchemaError, describe, is_nested_deeper_than, normalize_schema
 
-MAX_NESTING = 64  # brackets inside brackets in one tool; real ones stay below 20, and recursion is safe to here
 _PARAMETER_OWN_KEYS = frozenset({"name", "required"})
 
 
@@ -52,7 +51,7 @@ def _refuse_one_name_for_two(tools: list[JsonObject]) -> None:
 def _normalize_tool(tool: object, path: str) -> JsonObject:
     if not isinstance(tool, Mapping):
         raise SchemaError(path, f"must be a tool object, not {describe(tool)}")
-    if _is_nested_deeper_than(tool, MAX_NESTING):
+    if is_nested_deeper_than(tool, MAX_NESTING):
         raise SchemaError(path, f"is nested deeper than {MAX_NESTING} levels; flatten its schema")
     kind = tool.get("type")
     if kind == CODE_TOOL_NAME:
@@ -125,21 +124,6 @@ def _parameters_from_list(parameters: list[Any] | tuple[Any, ...], required: obj
     named = [parameter["name"] for parameter in parameters if parameter.get("required") is True]
     names = list(dict.fromkeys([*listed.get("required", []), *named]))
     return proper | ({"required": names} if names else {})
-
-
-def _is_nested_deeper_than(value: object, limit: int) -> bool:
-    level: list[object] = [value]
-    for _ in range(limit):
-        level = [child for parent in level for child in _children(parent)]
-        if not level:
-            return False
-    return any(isinstance(child, Mapping | list | tuple) for child in level)
-
-
-def _children(value: object) -> list[object]:
-    if isinstance(value, Mapping):
-        return list(value.values())
-    return list(value) if isinstance(value, list | tuple) else []
 
 
 def _show(value: object) -> str:

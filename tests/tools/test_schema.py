@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmdserve.tools.schema import MAX_NESTING, ToolSchemaError, normalize_tools
+from lmdserve.tools.json_schema import MAX_NESTING
+from lmdserve.tools.schema import ToolSchemaError, normalize_tools
 
 NOTHING = {"type": "object", "properties": {}}
 
