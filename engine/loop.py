@@ -216,6 +216,7 @@ class AsyncEngine:
             while await self._has_work():
                 await self._step()
         except EngineDeadError as error:
+            logger.critical("the engine is dead: %s", error)
             self._die(str(error))
         except asyncio.CancelledError:
             self._die("the engine was stopped")

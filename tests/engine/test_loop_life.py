@@ -78,7 +78,9 @@ async def test_when_nothing_works_any_more_everybody_is_told(build_fake_engine: 
     await engine.stop(0.0)
 
 
-async def test_a_step_that_hangs_is_noticed(build_fake_engine: BuildEngine, fake_model: Any) -> None:
+async def test_a_step_that_hangs_is_noticed(
+    build_fake_engine: BuildEngine, fake_model: Any, caplog: pytest.LogCaptureFixture
+) -> None:
     engine = build_fake_engine(step_limit_s=1.0)
     await engine.start()
     fake_model.gate.clear()
@@ -88,6 +90,7 @@ async def test_a_step_that_hangs_is_noticed(build_fake_engine: BuildEngine, fake
     assert engine.stats().heartbeat_age_s > 0.05
     with pytest.raises(EngineDeadError, match=r"has not come back for 1 s"):
         await task
+    assert "the engine is dead: a step has not come back for 1 s; restart the server" in caplog.text
     with pytest.raises(EngineDeadError, match="has not come back"):
         engine.check_health()
     fake_model.gate.set()
