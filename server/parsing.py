@@ -38,7 +38,11 @@ _HINTS = {"messages[].content[].type": "; this server reads text parts only"}
 
 def parse(body: bytes, record_type: type[Record]) -> Record:
     """Return the record that `body` holds, or raise BadRequestError."""
-    fields = _read_object(body, record_type)
+    return read_record(_read_object(body, record_type), record_type)
+
+
+def read_record(fields: dict[str, Any], record_type: type[Record]) -> Record:
+    """Return the record of these fields, which need not come from JSON, or raise BadRequestError."""
     check_undeclared(fields, record_type.__struct_fields__)
     try:
         record = msgspec.convert(fields, record_type)
@@ -196,5 +200,5 @@ def _value_at(fields: Any, param: str) -> Any:
 
 def _describe(value: Any) -> str:
     """Show a value as JSON, cut to a length that fits a message."""
-    text = json.dumps(value, ensure_ascii=False)  # not orjson: integers of any size
+    text = json.dumps(value, ensure_ascii=False, default=repr)  # not orjson: integers of any size
     return text if len(text) <= SHOWN_VALUE_CHARS else text[:SHOWN_VALUE_CHARS] + "..."

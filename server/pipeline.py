@@ -12,12 +12,10 @@ import queue
 import threading
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self, cast
-
-import msgspec
 
 from lmdserve.engine.api import Chunk, Engine, TokenLogprob
 from lmdserve.engine.config import EngineConfig
@@ -35,8 +33,8 @@ from lmdserve.tools.api import (
 )
 
 from .choices import ChoiceStream
-from .errors import BadRequestError
 from .model import ServedModel, load_served_model
+from .parsing import read_record
 from .protocol import ChatRequest
 from .serving import make_serving
 
@@ -93,12 +91,10 @@ class GenerationConfig:
             "tool_choice": self.tool_choice,
             "parallel_tool_calls": self.parallel_tool_calls,
         }
-        try:
-            request = msgspec.convert(fields, ChatRequest)
-        except msgspec.ValidationError as error:
-            raise BadRequestError(str(error)) from error
-        request.check()
-        return request
+        return read_record(fields, ChatRequest)
+
+
+GenConfigs = GenerationConfig | Sequence[GenerationConfig]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,21 +129,22 @@ class Pipeline:
         asyncio.run_coroutine_threadsafe(engine.start(), self._loop).result()
 
     def __call__(
-        self, prompts: Prompt | Sequence[Prompt], gen_config: GenerationConfig | None = None
+        self, prompts: Prompt | Sequence[Prompt], gen_config: GenConfigs | None = None
     ) -> Response | list[Response]:
-        """Answer one prompt (a Response) or a list of prompts (a list in the same order), batched by the engine."""
+        """Answer one prompt (a Response) or a list of prompts (a list in the same order), batched by the engine.
+
+        `gen_config` is one for all prompts, or a list with one for each.
+        """
         if _is_one_prompt(prompts):
             return self._answer_all([prompts], gen_config)[0]  # type: ignore[list-item]
         return self._answer_all(prompts, gen_config)  # type: ignore[arg-type]
 
     def stream_infer(
-        self, prompts: Prompt | Sequence[Prompt], gen_config: GenerationConfig | None = None
+        self, prompts: Prompt | Sequence[Prompt], gen_config: GenConfigs | None = None
     ) -> Iterator[Response]:
         """Yield pieces of the answers as they come; `index` tells which prompt a piece belongs to."""
         pieces: queue.SimpleQueue[Response | BaseException | None] = queue.SimpleQueue()
-        producer = asyncio.run_coroutine_threadsafe(
-            self._produce(_as_list(prompts), gen_config, pieces.put), self._loop
-        )
+        producer = self._start(_as_list(prompts), gen_config, pieces.put)
         try:
             while (piece := pieces.get()) is not None:
                 if isinstance(piece, BaseException):
@@ -157,7 +154,7 @@ class Pipeline:
             producer.cancel()
 
     async def astream_infer(
-        self, prompts: Prompt | Sequence[Prompt], gen_config: GenerationConfig | None = None
+        self, prompts: Prompt | Sequence[Prompt], gen_config: GenConfigs | None = None
     ) -> AsyncIterator[Response]:
         """`stream_infer` for asyncio programs: never blocks the caller's event loop."""
         caller = asyncio.get_running_loop()
@@ -166,7 +163,7 @@ class Pipeline:
         def put(piece: Response | BaseException | None) -> None:
             caller.call_soon_threadsafe(pieces.put_nowait, piece)
 
-        producer = asyncio.run_coroutine_threadsafe(self._produce(_as_list(prompts), gen_config, put), self._loop)
+        producer = self._start(_as_list(prompts), gen_config, put)
         try:
             while (piece := await pieces.get()) is not None:
                 if isinstance(piece, BaseException):
@@ -176,7 +173,7 @@ class Pipeline:
             producer.cancel()
 
     async def ainfer(
-        self, prompts: Prompt | Sequence[Prompt], gen_config: GenerationConfig | None = None
+        self, prompts: Prompt | Sequence[Prompt], gen_config: GenConfigs | None = None
     ) -> Response | list[Response]:
         """`pipe(...)` for asyncio programs."""
         answers = _fold([piece async for piece in self.astream_infer(prompts, gen_config)], len(_as_list(prompts)))
@@ -201,20 +198,27 @@ class Pipeline:
     ) -> None:
         self.close()
 
-    def _answer_all(self, prompts: Sequence[Prompt], gen_config: GenerationConfig | None) -> list[Response]:
+    def _answer_all(self, prompts: Sequence[Prompt], gen_config: GenConfigs | None) -> list[Response]:
         return _fold(list(self.stream_infer(prompts, gen_config)), len(prompts))
+
+    def _start(
+        self, prompts: Sequence[Prompt], gen_config: GenConfigs | None, put: Callable[[Any], None]
+    ) -> Future[None]:
+        configs = _one_for_each(gen_config, len(prompts))
+        if not self._thread.is_alive():
+            raise RuntimeError("this pipeline is closed; make a new one with lmdserve.pipeline")
+        return asyncio.run_coroutine_threadsafe(self._produce(prompts, configs, put), self._loop)
 
     async def _produce(
         self,
         prompts: Sequence[Prompt],
-        gen_config: GenerationConfig | None,
+        configs: Sequence[GenerationConfig],
         put: Callable[[Response | BaseException | None], None],
     ) -> None:
         """Generate all answers at once and hand each piece to `put`; then None, or the error that ended it."""
-        config = gen_config or GenerationConfig()
         try:
             async with asyncio.TaskGroup() as tasks:
-                for index, prompt in enumerate(prompts):
+                for index, (prompt, config) in enumerate(zip(prompts, configs, strict=True)):
                     tasks.create_task(self._produce_one(index, prompt, config, put))
         except BaseExceptionGroup as group:
             put(group.exceptions[0])
@@ -293,7 +297,19 @@ def _text(event: Event) -> str:
     return ""
 
 
+def _one_for_each(gen_config: GenConfigs | None, num_prompts: int) -> Sequence[GenerationConfig]:
+    if gen_config is None or isinstance(gen_config, GenerationConfig):
+        return [gen_config or GenerationConfig()] * num_prompts
+    if len(gen_config) != num_prompts:
+        raise ValueError(
+            f"gen_config has {len(gen_config)} configs for {num_prompts} prompts; give one, or one for each"
+        )
+    return gen_config
+
+
 def _is_one_prompt(prompts: Prompt | Sequence[Prompt]) -> bool:
+    if not isinstance(prompts, Sequence):
+        raise TypeError(f"a prompt is a string or a list of messages; give one or a list of them, not {prompts!r:.60}")
     return isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], Mapping))
 
 

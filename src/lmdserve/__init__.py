@@ -16,3 +16,8 @@ def __getattr__(name: str) -> object:
 
         return getattr(module, name)
     raise AttributeError(f"module 'lmdserve' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """Show the public API to completion before it was used."""
+    return __all__

@@ -133,6 +133,34 @@ def test_an_answer_obeys_its_format_or_is_an_error(pipe: Pipeline, engine: FakeE
             pipe("Hi", GenerationConfig(response_format=wrong))
 
 
+def test_each_prompt_may_have_a_config_of_its_own(pipe: Pipeline) -> None:
+    """As in LMDeploy; a list was an AttributeError out of the engine's thread."""
+    whole, cut = pipe(["one two", "one two"], [GenerationConfig(), GenerationConfig(stop_words=["two"])])
+    assert (whole.text, cut.text) == ("one two", "one ")
+    with pytest.raises(ValueError, match="1 configs for 2 prompts"):
+        pipe(["a", "b"], [GenerationConfig()])
+
+
+@pytest.mark.parametrize("prompts", [None, 3, {"role": "user", "content": "Hi"}])
+def test_what_is_no_prompt_is_named(pipe: Pipeline, prompts: object) -> None:
+    with pytest.raises(TypeError, match="a prompt is a string or a list of messages"):
+        pipe(prompts)
+
+
+def test_a_wrong_message_is_explained_as_over_http(pipe: Pipeline) -> None:
+    with pytest.raises(BadRequestError, match=r'messages\[0\].role: expected one of .*"user", got "robot"'):
+        pipe([{"role": "robot", "content": "Hi"}])
+    with pytest.raises(BadRequestError, match=r"messages\[0\].content: expected a string or a list, got .*object"):
+        pipe([{"role": "user", "content": object()}])
+
+
+def test_a_closed_pipeline_says_so(engine: FakeEngine, model: ServedModel) -> None:
+    pipe = Pipeline(engine, model)
+    pipe.close()
+    with pytest.raises(RuntimeError, match="closed; make a new one"):
+        pipe("Hi")
+
+
 def test_closing_stops_the_engine_and_twice_is_harmless(engine: FakeEngine, model: ServedModel) -> None:
     pipe = Pipeline(engine, model)
     pipe.close()
