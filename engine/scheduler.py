@@ -107,9 +107,8 @@ class Scheduler:
         Empty while steps are in flight: what they bring has to be known first. Empty otherwise: nothing can run.
         """
         self.newly_admitted.clear()
-        budget = StepBudget(self._max_prefill_tokens)
+        budget = StepBudget(self._max_prefill_tokens, num_extra_rows=self._max_decode_rows - len(self._live))
         decoding, prefilling = self._divide_running()
-        budget.num_extra_rows = self._max_decode_rows - len(self._live)
         proposer = self._proposer_for(decoding)
         if proposer is not None and self._in_flight:
             return []  # a guess continues the last token, which is not read back yet

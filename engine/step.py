@@ -77,9 +77,8 @@ class StepBudget:
     """What a step may still compute beside the decoding sequences."""
 
     num_prefill_tokens: int
+    num_extra_rows: int  # decode rows beyond one for each live sequence, waiting ones included, as they may join
     num_prompt_logprob_rows: int = MAX_PROMPT_LOGPROB_ROWS
-    # Decode rows beyond one for each live sequence, waiting ones included, as they may come with the step.
-    num_extra_rows: int = 0
 
     def allowed_for(self, sequence: Sequence) -> int:
         """Return how many tokens of this sequence may be computed at most."""
