@@ -78,9 +78,8 @@ def serve(arguments: Sequence[str]) -> int:
     loader = EngineLoader(engine_config, server_config)
     with _ended_at_once():
         engine, model = loader.load_first()
-
-    from .app import build
-    from .app import serve as run_app
+        from .app import build
+        from .app import serve as run_app
 
     app = build(engine, model, server_config, loader=loader)
 
@@ -217,16 +216,23 @@ def _parse(
 
 @contextmanager
 def _ended_at_once() -> Iterator[None]:
-    """Let Ctrl-C end the process at once while the context lasts, as SIGTERM does.
+    """Let Ctrl-C and SIGTERM end the process at once while the context lasts.
 
     Nothing is there yet that would have to be tidied up, and a KeyboardInterrupt inside of torch's imports comes out as
     an ImportError, or late.
     """
-    previous = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    # The kernel spares a container's first process the default action.
+    action = _exit_at_once if os.getpid() == 1 else signal.SIG_DFL
+    previous = {number: signal.signal(number, action) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _exit_at_once(number: int, _: object) -> None:
+    os._exit(128 + number)
 
 
 def _with_keys_from_environment(config: ServerConfig) -> ServerConfig:

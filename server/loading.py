@@ -29,7 +29,7 @@ class EngineLoader:
     def __init__(self, engine_config: EngineConfig, server_config: ServerConfig) -> None:
         self._engine_config = engine_config
         self._server_config = server_config
-        self._name = server_config.model_name or os.path.basename(engine_config.model.rstrip("/"))
+        self._name = server_config.model_name or _last_part(engine_config.model)
 
     @property
     def demo_folder(self) -> Path:
@@ -54,7 +54,7 @@ class EngineLoader:
 
         folder = resolve_model_folder(config.model, config.revision)
         with ThreadPoolExecutor(1) as beside:
-            model = beside.submit(self._load_text_side, folder, os.path.basename(config.model.rstrip("/")))
+            model = beside.submit(self._load_text_side, folder, _last_part(config.model))
             from lmdserve.engine.load_engine import load_engine
 
             engine = load_engine(dataclasses.replace(config, model=str(folder)))
@@ -104,3 +104,8 @@ class EngineLoader:
         served = load_served_model(folder, name=self._name, chat_template=chat_template, checkpoint=checkpoint)
         importlib.import_module("lmdserve.server.app")
         return served
+
+
+def _last_part(model: str) -> str:
+    """Return the last part of a path or hub name, of `.` and `..` the folder's own name."""
+    return os.path.basename(os.path.abspath(os.path.expanduser(model)))

@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
+from pathlib import Path
 from typing import Literal
 
 import pytest
@@ -15,6 +16,7 @@ from lmdserve.engine.config import EngineConfig, option
 from lmdserve.server import cli
 from lmdserve.server.config import ServerConfig
 from lmdserve.server.foreign_options import NEEDLESS, OUR_NAMES
+from lmdserve.server.loading import EngineLoader
 from lmdserve.server.options import OptionParser, add_options, read_options
 
 LMDEPLOY_OPTIONS = """
@@ -112,21 +114,39 @@ def test_options_of_other_servers_lead_to_options_of_ours() -> None:
     assert not (OUR_NAMES.keys() | NEEDLESS.keys()) & ours
 
 
-def test_ctrl_c_while_a_model_is_loaded_ends_the_process_without_a_word() -> None:
-    """Inside of torch's imports it came out as an ImportError with a long traceback."""
+@pytest.mark.parametrize(
+    ("number", "pid", "status"),
+    [
+        (signal.SIGINT, 1234, -signal.SIGINT),
+        (signal.SIGINT, 1, 128 + signal.SIGINT),  # a container's first process, which default actions do not end
+        (signal.SIGTERM, 1, 128 + signal.SIGTERM),
+    ],
+)
+def test_a_signal_while_a_model_is_loaded_ends_the_process_without_a_word(number: int, pid: int, status: int) -> None:
+    """Inside of torch's imports Ctrl-C came out as an ImportError with a long traceback."""
     program = (
         "import os, signal\n"
         "from lmdserve.server import cli\n"
+        "own_pid = os.getpid()\n"
+        f"os.getpid = lambda: {pid}\n"
         "def load(loader):\n"
         "    try:\n"
-        "        os.kill(os.getpid(), signal.SIGINT)\n"
+        f"        os.kill(own_pid, {int(number)})\n"
         "    except BaseException as error:\n"
         "        raise ImportError from error\n"
         "cli.EngineLoader.load_first = load\n"
         "raise SystemExit(cli.main(['--server-port', '0']))"
     )
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
-    assert (result.returncode, result.stderr) == (-signal.SIGINT, "")
+    assert (result.returncode, result.stderr) == (status, "")
+
+
+def test_a_model_is_called_by_the_last_part_of_its_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`--model .` was served under the name "."."""
+    (tmp_path / "chat-7b").mkdir()
+    monkeypatch.chdir(tmp_path / "chat-7b")
+    for model in (".", "../chat-7b/", str(tmp_path / "chat-7b"), "hub/chat-7b"):
+        assert EngineLoader(EngineConfig(model=model), ServerConfig())._name == "chat-7b"
 
 
 def test_help_names_every_option_users_of_lmdeploy_type() -> None:
