@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lmdserve.kernels.w4a16 import Workspace, w4a16_add, w4a16_matmul, w4a16_swiglu
+from lmdserve.kernels.w4a16 import Workspace, launch_tile, w4a16_add, w4a16_matmul, w4a16_swiglu
 from lmdserve.kernels.w4a16_plan import DEQUANTIZE, HopperTile, Operation
 from lmdserve.kernels.w4a16_tune import Product, random_weight
 
@@ -77,6 +77,23 @@ def test_every_bucket_s_tile_multiplies(
                 error = _error(out - 1 if operation is Operation.ADD else out, expected)
                 assert error < TOLERANCE[dtype], f"{rows} rows: relative error {error:.2e}"
     assert not workspace.counters.any()
+
+
+@pytest.mark.parametrize("num_stages", [4, 5, 8])
+def test_programs_of_the_first_wave_know_their_tile(
+    num_stages: int, device: torch.device, workspace: Workspace
+) -> None:
+    """A late barrier once overwrote where a program's tile is, and its results were zeros, in programs that start on an
+    empty processor."""
+    tile = HopperTile(block_m=8, num_groups=1, num_stages=num_stages, programs_per_processor=4)
+    product = Product(operation=Operation.ADD, out_features=28672, in_features=4096)
+    weight, truth = random_weight(product, torch.float16, device)
+    x = torch.randn(3, 4096, device=device).half()
+    expected = _expected(x, truth, Operation.ADD, None)
+    for _ in range(10):
+        out = torch.zeros(3, 28672, device=device)
+        launch_tile(Operation.ADD, x, weight, out, workspace, None, tile)
+        assert _error(out, expected) < TOLERANCE[torch.float16]
 
 
 @pytest.mark.parametrize("operation", list(Operation))
