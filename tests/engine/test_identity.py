@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
+from engine_runs import chunks_of, tokens_of
 
 from lmdserve.engine.api import Request, SamplingParams
 from lmdserve.engine.loop import AsyncEngine
@@ -36,7 +37,7 @@ PROMPTS = _prompts(33)
 async def _generate(engine: AsyncEngine, uid: str, prompt: Sequence[int], **sampling: Any) -> list[int]:
     params = SamplingParams(**({"temperature": 0.0, "max_tokens": MAX_TOKENS, "ignore_eos": True} | sampling))
     request = Request(uid=uid, prompt_token_ids=prompt, sampling=params)
-    return [token_id async for chunk in engine.generate(request) for token_id in chunk.token_ids]
+    return await tokens_of(engine, request)
 
 
 async def _generate_all(
@@ -160,7 +161,7 @@ async def test_the_output_does_not_depend_on_what_is_asked_to_be_reported(
             sampling=SamplingParams(temperature=0.0, max_tokens=MAX_TOKENS, ignore_eos=True, num_logprobs=5),
             num_prompt_logprobs=3,
         )
-        chunks = [chunk async for chunk in engine.generate(request)]
+        chunks = await chunks_of(engine, request)
     assert [token_id for chunk in chunks for token_id in chunk.token_ids] == expected[0][0]
     records = [record for chunk in chunks for record in chunk.logprobs or ()]
     assert [record.top[0][0] for record in records] == expected[0][0]

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
+from engine_runs import chunks_of
 
 from lmdserve.engine.api import Chunk, Request, SamplingParams
 from lmdserve.engine.loop import AsyncEngine
@@ -20,7 +21,7 @@ BLOCK_SIZE = 8
 
 async def _chunks(engine: AsyncEngine, uid: str, prompt: Sequence[int], max_tokens: int) -> list[Chunk]:
     params = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
-    return [chunk async for chunk in engine.generate(Request(uid=uid, prompt_token_ids=prompt, sampling=params))]
+    return await chunks_of(engine, Request(uid=uid, prompt_token_ids=prompt, sampling=params))
 
 
 def _token_ids(chunks: list[Chunk]) -> list[int]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from engine_runs import chunks_of, tokens_of
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -187,7 +188,7 @@ async def test_the_output_is_the_one_without_guesses(run_tiny_engine: Any, sampl
     async def run(engine: AsyncEngine, index: int) -> tuple[list[int], list[Any]]:
         params = SamplingParams(max_tokens=30, ignore_eos=index % 2 == 0, seed=index, **sampling)
         request = Request(uid=f"r{index}", prompt_token_ids=prompts[index], sampling=params)
-        chunks = [chunk async for chunk in engine.generate(request)]
+        chunks = await chunks_of(engine, request)
         tokens = [token_id for chunk in chunks for token_id in chunk.token_ids]
         return tokens, [record for chunk in chunks for record in chunk.logprobs or ()]
 
@@ -216,7 +217,7 @@ async def test_guesses_wait_for_the_steps_in_flight(build_fake_engine: Any, fake
         await asyncio.sleep(rng.random() * 0.05)
         params = SamplingParams(temperature=0.0, max_tokens=25)
         request = Request(uid=f"r{index}", prompt_token_ids=prompts[index], sampling=params)
-        return [token_id async for chunk in engine.generate(request) for token_id in chunk.token_ids]
+        return await tokens_of(engine, request)
 
     engine = build_fake_engine(num_blocks=40)
     engine._scheduler._proposer = Guesses(expected, rng)
@@ -253,7 +254,7 @@ async def test_a_text_that_repeats_itself_takes_fewer_steps(
         async with run_tiny_engine(
             model=str(looping_checkpoint), speculate=speculate, max_batch_size=max_batch_size
         ) as engine:
-            tokens[speculate] = [token_id async for chunk in engine.generate(request) for token_id in chunk.token_ids]
+            tokens[speculate] = await tokens_of(engine, request)
             stats = engine.stats()
         steps[speculate] = stats.steps_total
     assert tokens["ngram"] == tokens["off"]
