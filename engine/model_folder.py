@@ -15,7 +15,7 @@ from .api import ConfigError
 _DEMO_NAME = "demo"
 _HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 _HUB_TIMEOUT_S = 10.0  # for the first answer; a machine without network learns at once, its cache then serves
-_WEIGHT_PATTERNS = ("*.safetensors", "*.bin")  # the first kind that a model has
+_WEIGHT_PATTERNS = ("model*.safetensors", "pytorch_model*.bin")  # as `checkpoint.py` reads them; the first that fits
 _METADATA_PATTERNS = ["*.json", "*.model", "*.jinja", "*.txt"]
 
 

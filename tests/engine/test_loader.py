@@ -1,5 +1,6 @@
 """Reading checkpoints: every file layout, and every mismatch named in one sentence."""
 
+import fnmatch
 import json
 import pickle
 from collections.abc import Callable
@@ -240,21 +241,26 @@ class FakeHub:
 
 
 @pytest.mark.parametrize(
-    ("files", "wanted", "unwanted"),
+    ("files", "wanted"),
     [
-        (["model.safetensors", "pytorch_model.bin"], "*.safetensors", "*.bin"),
-        (["pytorch_model-00001-of-00002.bin"], "*.bin", "*.safetensors"),
+        (["model.safetensors", "consolidated.safetensors", "pytorch_model.bin"], ["model.safetensors"]),
+        (
+            ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"],
+            ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"],
+        ),
+        (["pytorch_model-00001-of-00002.bin", "training_args.bin"], ["pytorch_model-00001-of-00002.bin"]),
     ],
 )
-def test_hub_names_download_one_kind_of_weights(
-    files: list[str], wanted: str, unwanted: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_hub_names_download_the_weights_once(
+    files: list[str], wanted: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Mistral's checkpoints hold all weights a second time, in their own tool's layout."""
     hub = FakeHub(tmp_path, files)
     hub.install(monkeypatch)
     assert resolve_model_folder("internlm/internlm2_5-1_8b-chat", "main") == tmp_path
     assert hub.patterns is not None
-    assert wanted in hub.patterns
-    assert unwanted not in hub.patterns
+    patterns = hub.patterns
+    assert [file for file in files if any(fnmatch.fnmatch(file, pattern) for pattern in patterns)] == wanted
     assert not any(pattern.endswith(".py") or pattern == "*" for pattern in hub.patterns)
     assert set(hub.revisions) == {"main"}
 
