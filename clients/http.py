@@ -229,4 +229,6 @@ def _reason(error: BaseException) -> str:
         if cause.errno is not None and cause.errno > 0:
             return os.strerror(cause.errno)
         return cause.strerror or str(cause)
+    if isinstance(error, aiohttp.ClientPayloadError):
+        return "it ended in the middle of an answer"
     return str(error) or type(error).__name__

@@ -241,6 +241,22 @@ async def test_a_closed_port_is_named_with_what_to_try() -> None:
                 await client.models()
 
 
+async def test_a_server_that_dies_in_mid_answer() -> None:
+    async def die(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(
+            b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n5\r\ndata:"
+        )
+        writer.close()
+        await writer.wait_closed()
+
+    server = await asyncio.start_server(die, "127.0.0.1", 0)
+    async with server, AsyncClient(f"127.0.0.1:{server.sockets[0].getsockname()[1]}") as client:
+        with pytest.raises(ConnectionFailed, match=r"was lost \(it ended in the middle of an answer\)"):
+            async for _ in client.stream_chat(HI, model="m"):
+                pass
+
+
 async def test_something_that_does_not_speak_http() -> None:
     async def hang_up(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readline()
