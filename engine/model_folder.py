@@ -16,7 +16,7 @@ _DEMO_NAME = "demo"
 _HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 _HUB_TIMEOUT_S = 10.0  # for the first answer; a machine without network learns at once, its cache then serves
 _WEIGHT_PATTERNS = ("*.safetensors", "*.bin")  # the first kind that a model has
-_IGNORED_PATTERNS = ["consolidated*"]  # the same weights once more, in the layout of Mistral's own tools
+_IGNORED_PATTERN = "consolidated*"  # the same weights once more, in the layout of Mistral's own tools
 _METADATA_PATTERNS = ["*.json", "*.model", "*.jinja", "*.txt"]
 
 
@@ -61,12 +61,10 @@ def _download(name: str, revision: str | None, weight_patterns: Sequence[str]) -
     try:
         # Not `list_repo_files`, which tries for 30 s to reach a hub that is not there.
         siblings = model_info(name, revision=revision, timeout=_HUB_TIMEOUT_S).siblings or []
-        files = [sibling.rfilename for sibling in siblings]
+        files = [file.rfilename for file in siblings if not fnmatch.fnmatch(file.rfilename, _IGNORED_PATTERN)]
         weights = [pattern for pattern in weight_patterns if fnmatch.filter(files, pattern)][:1]
         wanted = [*_METADATA_PATTERNS, *weights]
-        return Path(
-            snapshot_download(name, revision=revision, allow_patterns=wanted, ignore_patterns=_IGNORED_PATTERNS)
-        )
+        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted, ignore_patterns=_IGNORED_PATTERN))
     except GatedRepoError:
         reason = "its owner wants you to accept terms on its page; then set HF_TOKEN to your access token"
     except RevisionNotFoundError:

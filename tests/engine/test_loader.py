@@ -238,7 +238,7 @@ class FakeHub:
                 file
                 for file in self.files
                 if any(fnmatch.fnmatch(file, pattern) for pattern in options["allow_patterns"])
-                and not any(fnmatch.fnmatch(file, pattern) for pattern in options["ignore_patterns"])
+                and not fnmatch.fnmatch(file, options["ignore_patterns"])
             ]
         return str(self.folder)
 
@@ -255,7 +255,7 @@ class FakeHub:
             ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"],
             ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"],
         ),
-        (["pytorch_model-00001-of-00002.bin"], ["pytorch_model-00001-of-00002.bin"]),
+        (["consolidated.safetensors", "pytorch_model-00001-of-00002.bin"], ["pytorch_model-00001-of-00002.bin"]),
     ],
 )
 def test_hub_names_download_the_weights_once(
