@@ -52,9 +52,7 @@ class Sequence:
     block_hashes: list[bytes] = field(default_factory=list)  # of the full blocks of token_ids, as far as needed so far
     num_computed_tokens: int = 0  # tokens whose K and V are in the blocks, as far as finished steps go
     num_launched_tokens: int = 0  # as num_computed_tokens, once the steps in flight are over
-    num_steps_in_flight: int = (
-        0  # launched steps with a chunk of it; until they are over its blocks and slot stay its own
-    )
+    num_steps_in_flight: int = 0  # launched, with a chunk of it; until they are over its blocks and slot stay its own
     slot: int = field(init=False, repr=False)  # its row in tables by sequence; set, and its own, while it holds blocks
     num_published_blocks: int = 0
     num_cached_tokens: int | None = None  # prompt tokens the prefix cache spared; None before the first admission
