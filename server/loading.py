@@ -17,6 +17,7 @@ from lmdserve.engine.config import EngineConfig
 from lmdserve.engine.torch_setup import begin_cuda_context, prepare_torch
 
 from .config import ServerConfig
+from .model_folder import tokenizer_file
 from .templates import read_template
 
 if TYPE_CHECKING:
@@ -44,15 +45,14 @@ class EngineLoader:
         The text side and the modules of the HTTP side, which do without torch, are loaded on a thread beside the
         weights.
         """
-        config = self._engine_config
-        if self._server_config.chat_template is not None:
-            read_template(Path(self._server_config.chat_template))  # before the weights, which may take minutes
         prepare_torch()
+        config = self._engine_config
         if config.device != "cpu":
             begin_cuda_context()
         from lmdserve.engine.model_folder import resolve_model_folder
 
         folder = resolve_model_folder(config.model, config.revision)
+        self._check_text_files(folder)
         with ThreadPoolExecutor(1) as beside:
             model = beside.submit(self._load_text_side, folder, _last_part(config.model))
             from lmdserve.engine.load_engine import load_engine
@@ -96,6 +96,13 @@ class EngineLoader:
 
     def _config_for(self, folder: Path) -> EngineConfig:
         return dataclasses.replace(self._engine_config, model=str(folder), revision=None, model_format="auto")
+
+    def _check_text_files(self, folder: Path) -> None:
+        """Find what is missing before the weights are read, which may take minutes."""
+        if self._server_config.chat_template is not None:
+            read_template(Path(self._server_config.chat_template))
+        if (folder / "config.json").is_file():  # without one it is no checkpoint, which the engine says
+            tokenizer_file(folder)
 
     def _load_text_side(self, folder: Path, checkpoint: str) -> "ServedModel":
         from .model import load_served_model

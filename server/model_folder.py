@@ -1,4 +1,6 @@
-"""The small JSON files of a checkpoint folder, read with errors that name the file. Owns no meaning of their fields."""
+"""The files of a checkpoint folder's text side: which tokenizer counts, and the small JSON files, read with errors that
+name the file. Owns no meaning of their fields.
+"""
 
 import json
 from pathlib import Path
@@ -20,3 +22,14 @@ def read_json_object(path: Path) -> dict[str, Any]:
             f"{path} holds a JSON {type(value).__name__} where an object belongs; download the model again"
         )
     return value
+
+
+def tokenizer_file(folder: Path) -> Path:
+    """Return the tokenizer file that counts; ConfigError where there is none."""
+    for name in ("tokenizer.json", "tokenizer.model"):
+        if (folder / name).is_file():
+            return folder / name
+    raise ConfigError(
+        f"{folder} has neither a tokenizer.json nor a tokenizer.model; "
+        "copy the model's tokenizer files there, or give a folder that has them"
+    )

@@ -17,7 +17,7 @@ import tokenizers
 from lmdserve.engine.api import ConfigError
 
 from . import sentencepiece
-from .model_folder import read_json_object
+from .model_folder import read_json_object, tokenizer_file
 from .sentencepiece import PieceType, SentencePieceModel
 from .token_bytes import DecodingRules, decoding_rules, token_byte_table
 
@@ -76,15 +76,8 @@ class TokenizerBackend:
 
 def load_backend(folder: Path) -> TokenizerBackend:
     """Load the tokenizer in `folder`; ConfigError says what is missing or broken."""
-    config = read_json_object(folder / "tokenizer_config.json")
-    if (folder / "tokenizer.json").is_file():
-        return _load_tokenizer_json(folder, config)
-    if (folder / "tokenizer.model").is_file():
-        return _load_tokenizer_model(folder, config)
-    raise ConfigError(
-        f"{folder} has neither a tokenizer.json nor a tokenizer.model; "
-        "copy the model's tokenizer files there, or give a folder that has them"
-    )
+    load = _load_tokenizer_json if tokenizer_file(folder).suffix == ".json" else _load_tokenizer_model
+    return load(folder, read_json_object(folder / "tokenizer_config.json"))
 
 
 def _load_tokenizer_json(folder: Path, config: Mapping[str, Any]) -> TokenizerBackend:

@@ -114,6 +114,14 @@ def test_options_of_other_servers_lead_to_options_of_ours() -> None:
     assert not (OUR_NAMES.keys() | NEEDLESS.keys()) & ours
 
 
+def test_a_missing_tokenizer_is_noticed_before_the_weights_are_read(tmp_path: Path) -> None:
+    """A folder that a trainer saved without its tokenizer; the weights here would be an error too, read later."""
+    (tmp_path / "config.json").write_text("{}")
+    result = run("serve", str(tmp_path), "--server-port", "0")
+    assert result.returncode == 2
+    assert "neither a tokenizer.json nor a tokenizer.model" in result.stderr
+
+
 @pytest.mark.parametrize(
     ("number", "pid", "status"),
     [
