@@ -95,14 +95,12 @@ class NgramProposer:
         if len(sequences) > MAX_SEQUENCES:
             return False
         saved = 0.0
-        has_guess = False
         for sequence in sequences:
             if _may_guess(sequence):
                 record = self._observe(sequence)
                 if record.mean_accepted >= MIN_ACCEPTED and record.guess:
                     saved += record.mean_accepted
-                    has_guess = True
-        return has_guess and 1.0 + saved / len(sequences) > MARGIN * self._times_for(len(sequences)).cost
+        return saved > 0.0 and 1.0 + saved / len(sequences) > MARGIN * self._times_for(len(sequences)).cost
 
     def propose(self, sequence: Sequence) -> tuple[int, ...]:
         """Return guesses at what follows the sequence's tokens; none where it is not likely to be right."""
