@@ -78,9 +78,25 @@ async def test_when_nothing_works_any_more_everybody_is_told(build_fake_engine: 
     await engine.stop(0.0)
 
 
+async def test_a_process_that_was_stopped_goes_on_where_it_was(build_fake_engine: BuildEngine, fake_model: Any) -> None:
+    """A paused container came back to an engine that had given up on its step, which had had no time either."""
+    async with running(build_fake_engine(step_limit_s=0.2)) as engine:
+        fake_model.gate.clear()
+        task = asyncio.create_task(tokens_of(engine, make_request("a", [1])))
+        await until(lambda: engine.stats().num_running == 1)
+        asyncio.get_running_loop().call_soon(time.sleep, 0.4)  # the event loop stands still, and so does the step
+        await asyncio.sleep(0)
+        fake_model.gate.set()
+        assert await task == fake_model.greedy([1], 8)
+
+
 async def test_a_step_that_hangs_is_noticed(
-    build_fake_engine: BuildEngine, fake_model: Any, caplog: pytest.LogCaptureFixture
+    build_fake_engine: BuildEngine,
+    fake_model: Any,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(loop, "LAST_STEP_LIMIT_S", 0.1)
     engine = build_fake_engine(step_limit_s=1.0)
     await engine.start()
     fake_model.gate.clear()
