@@ -23,7 +23,7 @@ from lmdserve.tools.api import (
     ToolParser,
 )
 from lmdserve.tools.constraint import ReplyRules
-from lmdserve.tools.reasoning import ReasoningFormat
+from lmdserve.tools.reasoning import ReasoningFormat, ReasoningParser
 
 from .final_check import ReplyCheck, ReplyChecks
 from .text import IncrementalDecoder, StopStrings, Tokenizer
@@ -92,12 +92,14 @@ class ChoiceStream:
         self.plan = plan
         self.is_over = False
         self.num_completion_tokens = 0
+        self.num_reasoning_tokens = 0  # of those: a reasoning block's, its tags included
         self.num_cached_tokens = 0
         self.queued_s: float | None = None  # known with the first chunk
         self._tokenizer = tokenizer
         self._decoder = IncrementalDecoder(tokenizer)
         self._stops = StopStrings(plan.stops) if plan.stops else None  # looked for outside of calls
         self._parser = plan.make_parser()
+        self._reasoner = self._parser if isinstance(self._parser, ReasoningParser) else None
         self._markers = plan.markers(tokenizer)
         self._num_calls = 0
         self._stop_matched = False
@@ -168,6 +170,7 @@ class ChoiceStream:
         last = len(chunk.token_ids) - 1
         for position, token_id in enumerate(chunk.token_ids):
             self.num_completion_tokens += 1
+            was_reasoning = self._reasoner is not None and self._reasoner.in_reasoning
             is_end = position == last and chunk.finish_reason is FinishReason.STOP
             if is_end and self._tokenizer.special_token(token_id) is None:
                 return  # a text token out of stop_token_ids: it ended the answer and is no part of it
@@ -175,6 +178,8 @@ class ChoiceStream:
                 self._held_entries.append(_entry(chunk.logprobs[position], self._num_decoded_chars))
             for piece in self._pieces(token_id):
                 self._read_piece(piece, events)
+            is_reasoning = self._reasoner is not None and self._reasoner.in_reasoning
+            self.num_reasoning_tokens += (was_reasoning or is_reasoning) and not is_end
             if self._is_cut:
                 return
 

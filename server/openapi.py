@@ -140,6 +140,7 @@ def _reply_schemas() -> dict[str, Any]:
                 "completion_tokens": count,
                 "total_tokens": count,
                 "prompt_tokens_details": _object({"cached_tokens": count}),
+                "completion_tokens_details": _object({"reasoning_tokens": count}),
             }
         ),
         "Model": _object(

@@ -71,6 +71,11 @@ class ReasoningParser:
         """Whether the answer is in a call."""
         return self._state is _State.ANSWER and self._answer_parser is not None and self._answer_parser.in_call
 
+    @property
+    def in_reasoning(self) -> bool:
+        """Whether what comes next is reasoning, as far as one knows."""
+        return self._state is _State.REASONING
+
     def feed(self, piece: Piece) -> list[Event]:
         """Take the next piece and return what it settles."""
         self._events = []

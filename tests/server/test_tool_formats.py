@@ -191,6 +191,17 @@ async def test_reasoning_counts_as_tokens_and_is_cut_by_the_token_limit(served_m
         assert reply["usage"]["completion_tokens"] == len("\nHm") + 1
 
 
+async def test_usage_says_how_much_was_reasoning(served_models: dict[str, ServedModel]) -> None:
+    async with serving(served_models, "qwen") as served:
+        for reply, num_tokens in (("<think>ab</think>cde", 4), ("<think>ab", 3), ("cde", 0)):
+            served.engine.script = lambda request, reply=reply: served.toy.answer(reply)
+            whole = await served.post()
+            *_, last = await served.post(stream=True, stream_options={"include_usage": True})
+            for usage in (whole["usage"], last["usage"]):
+                assert usage["completion_tokens_details"] == {"reasoning_tokens": num_tokens}
+                assert usage["completion_tokens"] > num_tokens
+
+
 async def test_a_stop_string_ends_reasoning_too(served_models: dict[str, ServedModel]) -> None:
     async with serving(served_models, "qwen") as served:
         served.engine.script = lambda request: served.toy.answer("<think>one two three</think>four")
