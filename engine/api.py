@@ -209,8 +209,8 @@ class ContextTooLongError(InvalidRequestError):
 
     def __init__(self, num_prompt_tokens: int, session_len: int) -> None:
         super().__init__(
-            f"the prompt has {num_prompt_tokens} tokens, and this model's maximum context length is {session_len} tokens "
-            "for prompt and answer together; shorten the prompt",
+            f"the prompt has {num_prompt_tokens} tokens, and this model's maximum context length is {session_len} "
+            "tokens for prompt and answer together; shorten the prompt",
             param="messages",
         )
         self.num_prompt_tokens = num_prompt_tokens
