@@ -6,7 +6,8 @@
 A time is the median of replays of a CUDA graph that makes the product once for each of several copies of the weight,
 which together exceed the L2 cache; the gap between launches counts. The floor is the larger of the bytes that have to
 be read over 4.3 TB/s and the additions and multiplications over 790 TFLOP/s, both measured on an H200. cuBLAS
-multiplies fp16 matrices and writes fp16; ours adds into fp32 (add), writes 16 bits (store) or applies SwiGLU (swiglu).
+multiplies fp16 matrices and writes fp16; ours does what the engine asks of it: it adds into fp32 (add), writes 16 bits
+(store, queries, keys and values of more than 64 rows) or applies SwiGLU (swiglu).
 --tune first measures all tiles and writes the fastest to the user's table.
 """
 
@@ -18,6 +19,7 @@ import torch
 import triton
 
 import lmdserve
+from lmdserve.engine.step_buffers import MOST_ROWS_TO_ACCUMULATE
 from lmdserve.kernels.w4a16_plan import ROW_BUCKETS, Operation, bucket_of, choose_tile, deterministic_tile, render
 from lmdserve.kernels.w4a16_tune import Bench, Product, tune
 
@@ -48,25 +50,35 @@ def main() -> int:
     parser.add_argument("--dtype", default="float16", choices=["float16", "bfloat16"])
     parser.add_argument("--tune", action="store_true", help="measure all tiles first, for every number of rows")
     arguments = parser.parse_args()
-    shapes = dict.fromkeys(
-        Product(operation=operation, out_features=out_features, in_features=in_features)
-        for model in arguments.models.split(",")
-        for operation, (out_features, in_features) in zip(OPERATIONS, MODELS[model], strict=True)
-    )
+    cases = products(arguments.models.split(","), [int(rows) for rows in arguments.rows.split(",")])
     gpu = torch.cuda.get_device_properties(torch.cuda.current_device()).name
     print(
         f"{datetime.date.today()}, lmdserve {lmdserve.__version__}, torch {torch.__version__}, "
         f"triton {triton.__version__}, {gpu}, {arguments.dtype}\n"
     )
     if arguments.tune:
-        for found in tune(shapes, ROW_BUCKETS):
+        for found in tune(cases, ROW_BUCKETS):
             best = found[0]
             name = f"{best.product.operation} {best.product.out_features}x{best.product.in_features}"
             print(f"{name}, {best.num_rows} rows: {best.microseconds:.2f} us, {render(best.tile)}", flush=True)
     print(HEADER)
-    for product in shapes:
-        print_rows(product, [int(rows) for rows in arguments.rows.split(",")], getattr(torch, arguments.dtype))
+    for product, row_counts in cases.items():
+        print_rows(product, row_counts, getattr(torch, arguments.dtype))
     return 0
+
+
+def products(models: list[str], row_counts: list[int]) -> dict[Product, list[int]]:
+    """Return the models' products, each with the numbers of rows that it has in the engine."""
+    cases: dict[Product, list[int]] = {}
+    for model in models:
+        for first, (out_features, in_features) in zip(OPERATIONS, MODELS[model], strict=True):
+            is_qkv = (out_features, in_features) == MODELS[model][0]
+            for num_rows in row_counts:
+                operation = Operation.STORE if is_qkv and num_rows > MOST_ROWS_TO_ACCUMULATE else first
+                product = Product(operation=operation, out_features=out_features, in_features=in_features)
+                if num_rows not in cases.setdefault(product, []):
+                    cases[product].append(num_rows)
+    return cases
 
 
 def print_rows(product: Product, row_counts: list[int], dtype: torch.dtype) -> None:
