@@ -4,6 +4,7 @@ Standard library only: the HTTP layer and its tests import this without torch. T
 calls `generate` has already turned text into ids and turns ids back into text.
 """
 
+import threading
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -51,6 +52,10 @@ class TokenConstraint(Protocol):
     Called on threads of the engine, one at a time. What any of it raises fails that one request: a ValueError says that
     the request asks for too much, anything else is a bug.
     """
+
+    @property
+    def lock(self) -> threading.Lock:
+        """What the engine holds while it calls anything below. Constraints that share state share their lock."""
 
     @property
     def is_over(self) -> bool:

@@ -6,12 +6,12 @@ without it, the sequence's token of that step is worth nothing, and it sits out 
 what is decided by whoever made the request; nothing a constraint raises gets beyond its own sequence.
 """
 
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from typing import Any
 
 from .api import TokenConstraint
 
@@ -20,6 +20,7 @@ UNPROVEN_S = 0.002  # and for all others together: the first mask of a sequence,
 _SLOW_S = 0.003  # of a thread's own time; a mask that takes so long has more like it to follow
 _MASKS_AS_SLOW = 64
 _STUCK_S = 0.001  # when a thread has been at one mask for so long, another one goes on with those behind it
+_FOREVER_S = -1.0  # as `Lock.acquire` has it
 _MOST_THREADS = 8
 _FIRST_THREADS = 2
 
@@ -45,6 +46,7 @@ class ConstraintState:
     is_new: bool = True  # no mask of it has been computed yet
     _num_masks_as_slow: int = 0  # that it is taken to be slow for
     _forced_token_ids: tuple[int, ...] = ()
+    _untaken_token_ids: tuple[int, ...] = ()
 
     @property
     def is_slow(self) -> bool:
@@ -66,27 +68,37 @@ class ConstraintState:
         return self.mask if self.is_ready and output_position == self.num_tokens else None
 
     def take(self, token_ids: Iterable[int]) -> None:
-        """Go on by the tokens of a step, which was sampled with its mask; it may have been late before."""
+        """Go on by the tokens of a step, which was sampled with its mask; it may have been late before.
+
+        Where its lock is held, because another one's mask is being computed, `prepare` goes on by them.
+        """
         self.is_late = False
         if self.failure is None:
-            self._run(self._accept, token_ids)
+            self._untaken_token_ids += tuple(token_ids)
+            self._run(self._accept, 0.0)
         self.is_ready = self.is_over or self.failure is not None
 
-    def prepare(self) -> None:
-        """Find out which tokens are forced now, go on by them, and compute the mask behind them."""
+    def prepare(self, *, patience_s: float = _FOREVER_S) -> bool:
+        """Find out which tokens are forced now, go on by them, and compute the mask behind them.
+
+        Returns False, with nothing computed, where its lock is held for longer than it is to wait for that.
+        """
         begun_s = time.thread_time()
-        self._run(self._compute)
+        if not (self._run(self._accept, patience_s) and self._run(self._compute, patience_s)):
+            return False
         is_costly = time.thread_time() - begun_s > _SLOW_S
         self._num_masks_as_slow = _MASKS_AS_SLOW if is_costly else max(0, self._num_masks_as_slow - 1)
         self.is_new = False
         self.is_ready = True
+        return True
 
     def hand_out_forced(self) -> tuple[int, ...]:
         """Return the tokens that it went on by since the last one it was given; once."""
         forced, self._forced_token_ids = self._forced_token_ids, ()
         return forced
 
-    def _accept(self, token_ids: Iterable[int]) -> None:
+    def _accept(self) -> None:
+        token_ids, self._untaken_token_ids = self._untaken_token_ids, ()
         for token_id in token_ids:
             if self.is_over:
                 return
@@ -95,6 +107,8 @@ class ConstraintState:
             self.is_over = self.constraint.is_over
 
     def _compute(self) -> None:
+        if self.is_over or self.failure is not None:
+            return
         if self.fast_forward_from is not None and self.num_tokens >= self.fast_forward_from:
             forced = tuple(self.constraint.take_forced())
             self.num_tokens += len(forced)
@@ -105,15 +119,22 @@ class ConstraintState:
         self.must_end = self.constraint.must_end
         self.mask = self.constraint.mask()
 
-    def _run(self, work: Callable[..., None], *arguments: Any) -> None:
+    def _run(self, work: Callable[[], None], patience_s: float) -> bool:
+        """Work with the constraint, whose lock may be another one after it took a token; False where that is held."""
+        lock = self.constraint.lock
+        if not lock.acquire(timeout=patience_s):
+            return False
         try:
-            work(*arguments)
+            work()
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:  # a panic of native code is no Exception
             self.mask = None
             self.failure = f"this request's output format failed: {error}"
             self.is_requests_fault = isinstance(error, ValueError)
+        finally:
+            lock.release()
+        return True
 
 
 class MaskThreads:
@@ -128,6 +149,7 @@ class MaskThreads:
         self._first_threads = ThreadPoolExecutor(_FIRST_THREADS, thread_name_prefix="lmdserve-first-masks")
         self._slow_thread = ThreadPoolExecutor(1, thread_name_prefix="lmdserve-slow-masks")
         self._late: set[ConstraintState] = set()
+        self._blocked: deque[ConstraintState] = deque()  # found with their locks held
         self._running: set[Future[None]] = set()  # what computes the late ones
 
     def prepare(self, states: Iterable[ConstraintState], *, is_alone: bool = False) -> None:
@@ -137,9 +159,9 @@ class MaskThreads:
         been quick, the next one is then computed on the engine thread itself: handing over takes 50 to 100 us.
         """
         unready = [state for state in states if not state.is_ready and not state.is_late]
-        if is_alone and len(unready) == 1 and unready[0].is_proven:
-            unready[0].prepare()
-        elif unready:
+        if is_alone and len(unready) == 1 and unready[0].is_proven and unready[0].prepare(patience_s=0.0):
+            return
+        if unready:
             self._running |= self._prepare_beside(unready)
             for state in unready:
                 if not state.is_ready:
@@ -148,13 +170,14 @@ class MaskThreads:
 
     def note_ready(self) -> None:
         """Let those go on whose masks have come."""
+        self._running |= self._wait_for_locks()
         for state in [state for state in self._late if state.is_ready]:
             state.is_late = False
             self._late.remove(state)
 
     def wait_for_late(self) -> None:
         """Wait until one of the late masks may have come, if there are any, but no longer than a newcomer should."""
-        self._running = {future for future in self._running if not future.done()}
+        self._running = {future for future in self._running if not future.done()} | self._wait_for_locks()
         if self._late and self._running:
             wait(self._running, timeout=LATE_S, return_when=FIRST_COMPLETED)
         self.note_ready()
@@ -168,12 +191,14 @@ class MaskThreads:
         """Have threads prepare these; return what still runs when all are ready, or have been waited for."""
         begun_s = time.monotonic()
         proven = [state for state in unready if state.is_proven]
-        queue = _Queue(proven)
-        pending = queue.hand_to(self._threads, 1)
-        pending |= _Queue(state for state in unready if state.is_new).hand_to(self._first_threads, _FIRST_THREADS)
-        pending |= _Queue(state for state in unready if state.is_slow).hand_to(self._slow_thread, 1)
+        queue = _Queue(proven, self._blocked)
+        first = _Queue([state for state in unready if state.is_new], self._blocked)
+        slow = _Queue([state for state in unready if state.is_slow], self._blocked)
+        pending = queue.hand_to(self._threads, 1) | first.hand_to(self._first_threads, _FIRST_THREADS)
+        pending |= slow.hand_to(self._slow_thread, 1)
         while True:
             _, pending = wait(pending, timeout=_STUCK_S)
+            pending |= self._wait_for_locks()
             if not pending:
                 return pending
             stuck_s = time.monotonic() - queue.last_begun_s
@@ -184,12 +209,20 @@ class MaskThreads:
             if stuck_s > _STUCK_S:
                 pending |= queue.hand_to(self._threads, 1)
 
+    def _wait_for_locks(self) -> set[Future[None]]:
+        """Have the slow thread prepare those whose locks were held; the threads for quick ones wait for no lock."""
+        futures: set[Future[None]] = set()
+        while self._blocked:
+            futures.add(self._slow_thread.submit(_prepare, self._blocked.popleft()))
+        return futures
+
 
 class _Queue:
-    """Constraints that threads prepare one after another."""
+    """Constraints that threads prepare one after another; those whose locks are held are put into `blocked`."""
 
-    def __init__(self, states: Iterable[ConstraintState]) -> None:
+    def __init__(self, states: Iterable[ConstraintState], blocked: deque[ConstraintState]) -> None:
         self._states = deque(states)
+        self._blocked = blocked
         self.last_begun_s = time.monotonic()
 
     def hand_to(self, threads: ThreadPoolExecutor, most: int) -> set[Future[None]]:
@@ -197,10 +230,18 @@ class _Queue:
         return {threads.submit(self._work) for _ in range(min(most, len(self._states)))}
 
     def _work(self) -> None:
+        held: set[threading.Lock] = set()
         while self._states:
             try:
                 state = self._states.popleft()
             except IndexError:  # another thread took it
                 return
             self.last_begun_s = time.monotonic()
-            state.prepare()
+            lock = state.constraint.lock
+            if not state.prepare(patience_s=0.0 if lock in held else _STUCK_S):
+                held.add(lock)
+                self._blocked.append(state)
+
+
+def _prepare(state: ConstraintState) -> None:
+    state.prepare()

@@ -4,6 +4,7 @@ Owns where in a reply a grammar begins. `ReplyRules` says so for all choices of 
 choice on its way. The grammars themselves are `grammar.py`'s. Not thread-safe: one thread at a time drives a reply.
 """
 
+import threading
 from collections.abc import Collection
 from dataclasses import dataclass
 from enum import Enum
@@ -84,9 +85,18 @@ class ReplyConstraint:
         self._stage = _Stage.REASONING if rules.opens_in_reasoning else _Stage.START
         self._may_think = rules.think_ids is not None and not rules.opens_in_reasoning
         self._may_be_blank = False  # one blank token between reasoning and answer, which a reader does not see
+        self._grammar = rules.answer or rules.calls  # what its next mask is computed with
+        self._own_lock = threading.Lock()
         self._matcher: LLMatcher | None = None
         self._known_mask: bytearray | None = None  # of the matcher as it is
         self._meter = MaskMeter(len(rules.sets.vocabulary.token_bytes))
+
+    @property
+    def lock(self) -> threading.Lock:
+        """What to hold while anything below is called: replies that obey the same grammar share it."""
+        if self._grammar is None or self._stage not in (_Stage.START, _Stage.GRAMMAR):
+            return self._own_lock
+        return self._grammar.lock
 
     @property
     def is_over(self) -> bool:
@@ -192,7 +202,7 @@ class ReplyConstraint:
             self._stage = _Stage.FREE
 
     def _enter(self, grammar: Grammar) -> None:
-        self._stage, self._matcher = _Stage.GRAMMAR, grammar.new_matcher()
+        self._stage, self._grammar, self._matcher = _Stage.GRAMMAR, grammar, grammar.new_matcher()
 
     def _accept_in_grammar(self, token_id: int) -> None:
         matcher, self._known_mask = self._current_matcher(), None

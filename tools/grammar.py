@@ -100,17 +100,23 @@ class Vocabulary:
 
 @dataclass(frozen=True, slots=True)
 class Grammar:
-    """A compiled grammar. `unenforced` are the schema keywords that it leaves out."""
+    """A compiled grammar. `unenforced` are the schema keywords that it leaves out.
+
+    Its matchers share an automaton. Whoever uses one of them holds `lock`: else native code would wait for another
+    one's mask with Python's lock held, and so would everybody.
+    """
 
     prototype: "LLMatcher"
     unenforced: tuple[str, ...] = ()
+    lock: threading.Lock = field(default_factory=threading.Lock, compare=False)
 
     @property
     def is_spent(self) -> bool:
         """Whether its replies, which share one automaton, have together reached the limit of its states."""
         trial = self.new_matcher()
-        trial.compute_bitmask()
-        return trial.is_error()
+        with self.lock:
+            trial.compute_bitmask()
+            return trial.is_error()
 
     def new_matcher(self) -> "LLMatcher":
         """Return a matcher at the beginning of the grammar."""

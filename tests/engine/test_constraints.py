@@ -31,6 +31,7 @@ class Climbing:
         self.length, self.end, self.fails_at = length, end, fails_at
         self.error = error or BaseException("as native code panics")
         self.token_ids: list[int] = []
+        self.lock = threading.Lock()
         self.num_masks = 0
         self.is_over = False
 
@@ -364,6 +365,31 @@ def test_one_that_is_stuck_keeps_none_of_those_behind_it() -> None:
     while not all(state.is_ready for state in states):
         threads.wait_for_late()
     threads.close()
+
+
+def test_where_another_one_holds_the_lock_nobody_waits_but_itself() -> None:
+    """Native code that shares an automaton waits for another one's mask with Python's lock held; we wait without it."""
+    shared = Climbing()
+    states = [ConstraintState(shared), *(ConstraintState(Climbing()) for _ in range(3))]
+    threads = MaskThreads()
+    threads.prepare(states)
+    while not all(state.is_ready for state in states):
+        threads.wait_for_late()
+    threads.note_ready()
+    with shared.lock:
+        for state in states:
+            state.take([7])
+        assert shared.token_ids == []
+        threads.prepare(states)
+        while not all(state.is_ready for state in states[1:]):
+            threads.wait_for_late()
+        assert states[0].is_late
+        assert not states[0].is_ready
+    while not states[0].is_ready:
+        threads.wait_for_late()
+    threads.close()
+    assert shared.token_ids == [7]
+    assert states[0].mask_at(1) is not None
 
 
 def test_what_was_late_is_prepared_again_once_it_is_taken() -> None:

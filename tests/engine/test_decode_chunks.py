@@ -1,5 +1,6 @@
 """Several tokens of one sequence in a step, guessed or forced: what is kept, and where there is room for none."""
 
+import threading
 from typing import Any
 
 import pytest
@@ -57,6 +58,9 @@ class Anything:
     """A constraint that bars nothing."""
 
     is_over = must_end = False
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
 
     def mask(self) -> None:
         return None

@@ -1,5 +1,6 @@
 """The order of launches and collections, and whose fault a failing step is."""
 
+import threading
 from collections.abc import Sequence as SequenceOf
 from typing import Any
 
@@ -91,6 +92,7 @@ class Anything:
 
     def __init__(self, log: list[str]) -> None:
         self._log = log
+        self.lock = threading.Lock()
 
     def mask(self) -> None:
         self._log.append("mask")

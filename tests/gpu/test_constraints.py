@@ -1,6 +1,7 @@
 """Constrained sequences on a CUDA device: every token obeys, and free ones beside them are as if alone."""
 
 import json
+import threading
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -34,6 +35,7 @@ class Chain:
         self._forced_from = forced_from
         self._is_silent = is_silent
         self.token_ids: list[int] = []
+        self.lock = threading.Lock()
 
     @property
     def is_over(self) -> bool:
