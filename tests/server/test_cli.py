@@ -83,6 +83,7 @@ def test_underscores_are_read_as_dashes_in_names_but_not_in_values() -> None:
         (["serve", "api_server", "/no/such/folder"], ["/no/such/folder"]),
         (["--server-name", "no.such.host.invalid"], ["cannot listen on no.such.host.invalid", "--server-name"]),
         (["--chat-template", "/no/such/file"], ["/no/such/file", "--chat-template"]),
+        (["--server-name", ""], ["--server-name is empty", "0.0.0.0"]),
         (["--api-keys", ""], ["--api-keys has a key that is empty"]),
         (["--allow-origins", "example.com"], ["--allow-origins example.com", "https://example.com"]),
     ],
