@@ -125,6 +125,7 @@ def _percentiles(values: Sequence[float]) -> tuple[float, float, float]:
 def _kinds() -> Iterator[Kind]:
     """Yield each kind of request, as the fields of the n-th one: none has been compiled before."""
     city = {"type": "object", "properties": {"city": {"type": "string", "maxLength": 8}}, "additionalProperties": False}
+    yield "no format", lambda n: {"seed": n}
     yield "choices of three, twelve at once", lambda n: {"guided_json": _exponential(12, n)}
     yield "an enum of 0.5 MB", lambda n: {"guided_json": {"enum": [f"{i}{n}" + "x" * 45 for i in range(9_000)]}}
     yield "a schema of 1 MB", lambda n: {"guided_json": {"enum": [f"{i}{n}" + "x" * 95 for i in range(9_500)]}}
