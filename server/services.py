@@ -43,7 +43,11 @@ class Lifecycle:
 
     @contextmanager
     def working(self) -> Iterator[None]:
-        """Count the enclosed work as a request that a shutdown waits for."""
+        """Count the enclosed work as a request that a shutdown waits for; raise as `check_open` does.
+
+        A request begins when its body is there: a client that stops half-way through it holds up nothing.
+        """
+        self.check_open()
         self.num_working += 1
         self._idle.clear()
         try:

@@ -6,7 +6,7 @@ from aiohttp import web
 
 from ..errors import BadRequestError, BodyTimeoutError, ContentTypeError
 
-BODY_TIMEOUT_S = 60.0  # the largest body takes 2 Mbit/s; a client that stops half-way must not hold up a shutdown
+BODY_TIMEOUT_S = 60.0  # the largest body takes 2 Mbit/s; a client that stops half-way would stay for ever
 
 
 async def read_json(request: web.Request) -> bytes:

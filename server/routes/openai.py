@@ -27,8 +27,8 @@ INLINE_BODY_BYTES = 64 * 1024  # a body of 1 MB takes 8 ms to parse; longer ones
 async def create_chat_completion(request: web.Request) -> web.StreamResponse:
     """POST /v1/chat/completions"""
     services = request.app[SERVICES]
+    body = await _read(request, ChatRequest)
     with services.lifecycle.working():
-        body = await _read(request, ChatRequest)
         uid = f"chatcmpl-{secrets.token_hex(12)}"
         async with services.servings.lease() as serving:
             plans = await serving.planner.plan_chat(body, uid)
@@ -55,8 +55,8 @@ async def create_completion(request: web.Request) -> web.StreamResponse:
     """POST /v1/completions"""
     services = request.app[SERVICES]
     request[PROMPT_PARAM] = "prompt"
+    body = await _read(request, CompletionRequest)
     with services.lifecycle.working():
-        body = await _read(request, CompletionRequest)
         uid = f"cmpl-{secrets.token_hex(12)}"
         async with services.servings.lease() as serving:
             plans = await serving.planner.plan_completion(body, uid)

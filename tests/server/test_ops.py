@@ -1,6 +1,7 @@
 """The operator's routes, and how an application starts, drains and stops."""
 
 import asyncio
+import json
 import logging
 import os
 import signal
@@ -128,6 +129,36 @@ async def test_a_signal_lets_running_requests_finish_and_refuses_new_ones(
             assert (await reply.json())["choices"][0]["message"]["content"] == "all of it"
     assert await serving.exit_status() == 0
     assert engine.aborted == []
+
+
+async def test_a_body_that_never_comes_does_not_hold_up_a_shutdown(engine: FakeEngine, model: ServedModel) -> None:
+    """It counted as a running request, and got all of --shutdown-timeout to finish."""
+    serving = Serving(engine, model, shutdown_timeout=30.0)
+    head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n"
+    async with RawClient(await serving.url()) as client:
+        client.writer.write(head.encode() + b"{")
+        await asyncio.sleep(0.05)
+        await serving.signal(signal.SIGTERM)
+        assert await serving.exit_status() == 0
+
+
+async def test_a_body_that_comes_after_the_signal_is_refused(engine: FakeEngine, model: ServedModel) -> None:
+    engine.script = lambda request: answer("all of it", pause_s=0.04)
+    serving = Serving(engine, model)
+    body = json.dumps(chat_body()).encode()
+    head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    url = await serving.url()
+    async with RawClient(url) as early, RawClient(url) as late:
+        await early.post(CHAT, chat_body(stream=True))
+        await early.read_head()
+        late.writer.write(head.encode() + body[:5])
+        await asyncio.sleep(0.05)
+        await serving.signal(signal.SIGTERM)
+        late.writer.write(body[5:])
+        assert (await late.read_head())[0] == 503
+        assert (await early.read_rest()).endswith(b"data: [DONE]\n\n")
+    assert await serving.exit_status() == 0
+    assert len(engine.requests) == 1
 
 
 async def test_an_idle_server_stops_at_once(engine: FakeEngine, model: ServedModel) -> None:
