@@ -16,7 +16,10 @@ _NUM_RATIOS = 20
 _SMALLEST_SCALE = 1e-4
 _SMALLEST_MAGNITUDE = 1e-6
 # What both ends of a group's range are multiplied by, each a candidate: 1, 0.95 .. 0.5.
-_CLIPS = tuple((1 - step / 20, 1 - step / 20) for step in range(11))
+_CLIPS = tuple(1 - step / 20 for step in range(11))
+# By how much of the full range each end of the best one then moves alone. On a model of prose this took 2.7 % off the
+# divergence, and all combinations of nine clips for both ends 3.3 %.
+_MOVES = tuple(move for step in (0.05, -0.05, 0.1, -0.1) for move in ((step, 0.0), (0.0, step)))
 _CHUNK_WEIGHTS = 2**26  # of a weight in the search of ranges, which takes six copies of a chunk in float32
 
 ErrorOf = Callable[[torch.Tensor], torch.Tensor]
@@ -56,7 +59,7 @@ def search_range(weight: torch.Tensor, products: torch.Tensor, rounding: Roundin
 
     weight float32 [out_features, in_features]; products float32 [groups, group_size, group_size], inputs^T inputs of
     each group: the squared error of a row's part of the output over all inputs is d^T products d, d what rounding does
-    to the row. Both ends of the range shrink together.
+    to the row. Both ends of the range shrink together, then each moves a little alone.
     """
     chunk_rows = max(1, _CHUNK_WEIGHTS // weight.shape[1])
     parts = [_search_rows(rounding.grouped(rows), products, rounding) for rows in torch.split(weight, chunk_rows)]
@@ -90,13 +93,20 @@ def _search_rows(
     low, high = full_range(grouped)
     best_error = torch.full_like(low, torch.inf)
     best_low, best_high = low, high
-    for clip_low, clip_high in _CLIPS:
-        clipped_low, clipped_high = low * clip_low, high * clip_high
-        error = _error_of_range(grouped, clipped_low, clipped_high, products, rounding)
+
+    def attempt(new_low: torch.Tensor, new_high: torch.Tensor) -> None:
+        nonlocal best_error, best_low, best_high
+        error = _error_of_range(grouped, new_low, new_high, products, rounding)
         is_better = error < best_error
-        best_low = torch.where(is_better, clipped_low, best_low)
-        best_high = torch.where(is_better, clipped_high, best_high)
+        best_low = torch.where(is_better, new_low, best_low)
+        best_high = torch.where(is_better, new_high, best_high)
         best_error = torch.minimum(error, best_error)
+
+    for clip in _CLIPS:
+        attempt(low * clip, high * clip)
+    clipped_low, clipped_high = best_low, best_high
+    for move_low, move_high in () if rounding.symmetric else _MOVES:  # one end alone decides about a symmetric grid
+        attempt(torch.maximum(clipped_low + low * move_low, low), torch.minimum(clipped_high + high * move_high, high))
     return best_low, best_high
 
 

@@ -66,21 +66,26 @@ def test_the_range_found_is_the_best_of_those_tried(rounding: Rounding) -> None:
     inputs = torch.randn(50, 2 * GROUP) * torch.logspace(-1, 1, 2 * GROUP)
     grouped_inputs = inputs.view(50, 2, GROUP).transpose(0, 1)
     low, high = search_range(weight, grouped_inputs.transpose(1, 2) @ grouped_inputs, rounding)
-    num_clipped = 0
+    num_clipped = num_moved = 0
     for row in range(20):
         for group in range(2):
             part = weight.view(20, 2, GROUP)[row, group]
             least, largest = min(0.0, float(part.min())), max(0.0, float(part.max()))
-            errors = {}
-            for clip in [1 - step / 20 for step in range(11)]:
-                rounded = torch.tensor(rounded_by_hand(part.tolist(), least * clip, largest * clip, rounding))
-                errors[clip] = float((grouped_inputs[group] @ (rounded - part)).square().sum())
-            best = min(errors.values())
-            found = rounded_by_hand(part.tolist(), float(low[row, group]), float(high[row, group]), rounding)
-            error = float((grouped_inputs[group] @ (torch.tensor(found) - part)).square().sum())
-            assert error == pytest.approx(best, rel=1e-3)
-            num_clipped += errors[1.0] > best
+
+            def error_of(low: float, high: float, part: torch.Tensor = part, group: int = group) -> float:
+                rounded = torch.tensor(rounded_by_hand(part.tolist(), low, high, rounding))
+                return float((grouped_inputs[group] @ (rounded - part)).square().sum())
+
+            errors = {clip: error_of(least * clip, largest * clip) for clip in [1 - step / 20 for step in range(11)]}
+            clip = min(errors, key=errors.__getitem__)
+            moved = [(min(1.0, clip + step), clip) for step in (-0.1, -0.05, 0.05, 0.1)]
+            best = min(errors[clip], *(error_of(least * a, largest * b) for x in moved for a, b in (x, x[::-1])))
+            found = error_of(float(low[row, group]), float(high[row, group]))
+            assert found == pytest.approx(best, rel=1e-3)
+            num_clipped += errors[1.0] > errors[clip]
+            num_moved += errors[clip] > best
     assert num_clipped > 4, "the case must be one where clipping matters"
+    assert rounding.symmetric or num_moved > 4, "and one where the ends want to be clipped differently"
 
 
 def test_a_scale_saves_the_channels_that_matter() -> None:
