@@ -41,8 +41,8 @@ class Planner:
     outputs: OutputRules
 
     def check_model(self, name: str | None) -> None:
-        """Raise ModelNotFoundError for a model that is not served; no name at all means the one that is."""
-        if name is not None and name != self.model.name:
+        """Raise ModelNotFoundError for a model that is not served; no name, or an empty one, means the one that is."""
+        if name and name != self.model.name:
             raise ModelNotFoundError(
                 f"the model {name[:200]!r} does not exist here; this server serves {self.model.name!r}", param="model"
             )

@@ -395,6 +395,15 @@ async def test_what_openais_schema_requires_is_there(session: aiohttp.ClientSess
     assert choice["logprobs"]["refusal"] is None
 
 
+@pytest.mark.parametrize("fields", [{}, {"model": None}, {"model": ""}])
+async def test_no_model_is_the_one_that_is_served(
+    session: aiohttp.ClientSession, url: str, fields: dict[str, str | None]
+) -> None:
+    """Clients of servers with one model leave the name empty."""
+    async with session.post(url + "/v1/chat/completions", json={"messages": USER, **fields}) as reply:
+        assert (reply.status, (await reply.json())["model"]) == (200, "toy")
+
+
 async def test_models(client: openai.AsyncOpenAI) -> None:
     (listed,) = (await client.models.list()).data
     assert (listed.id, listed.object, listed.owned_by) == ("toy", "model", "lmdserve")
