@@ -5,6 +5,7 @@ import os
 import tempfile
 from contextlib import suppress
 from dataclasses import dataclass, field
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from .function_tools import FunctionTool, FunctionToolError, load_function_tools
 from .http import AsyncClient
 from .options import ReplOptions
 from .settings import Json, SettingError, check_params, check_tools, load_tools, read_json_file, suggest, tool_name
+from .wire import ServerError
 
 ROLES = frozenset({"user", "assistant", "tool", "environment"})
 
@@ -98,7 +100,12 @@ class Conversation:
 
 async def start_conversation(client: AsyncClient, options: ReplOptions) -> Conversation:
     """Return an empty conversation with the wanted model, which the server must offer; default: its first."""
-    names = await client.models()
+    try:
+        names = await client.models()
+    except ServerError as error:
+        if error.status != HTTPStatus.UNAUTHORIZED:
+            raise
+        raise SettingError(f"{error} (--api-key or LMDSERVE_API_KEY gives one)") from None
     if not names:
         raise SettingError(f"{client.base_url} offers no model")
     if options.model is not None:

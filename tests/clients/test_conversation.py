@@ -6,8 +6,11 @@ from typing import Any
 
 import pytest
 
-from lmdserve.clients.conversation import Conversation
+from lmdserve.clients.conversation import Conversation, start_conversation
+from lmdserve.clients.http import AsyncClient
+from lmdserve.clients.options import ReplOptions
 from lmdserve.clients.settings import SettingError
+from lmdserve.clients.wire import ServerError
 
 CALL = {"id": "c1", "type": "function", "function": {"name": "add", "arguments": "{}"}}
 MESSAGES: list[dict[str, Any]] = [
@@ -88,3 +91,13 @@ def test_an_invalid_file_changes_nothing(content: str, tmp_path: Path) -> None:
 def test_a_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     with pytest.raises(SettingError, match=r"cannot write .*missing/talk\.json: No such file"):
         full_conversation().save(tmp_path / "missing" / "talk.json")
+
+
+async def test_a_missing_key_is_said_with_how_to_give_one() -> None:
+    async def refuse() -> list[str]:
+        raise ServerError("no API key was sent", status=401)
+
+    async with AsyncClient("http://127.0.0.1:1") as client:
+        client.models = refuse  # type: ignore[method-assign]
+        with pytest.raises(SettingError, match=r"HTTP 401: no API key was sent \(--api-key or LMDSERVE_API_KEY"):
+            await start_conversation(client, ReplOptions())
