@@ -106,7 +106,7 @@ async def test_a_held_call_that_max_tokens_cuts_is_text(served: ServedModel) -> 
     async with serving(served, answering(text, FinishReason.LENGTH)) as post:
         choice = (await post(tools=TOOLS))["choices"][0]
         assert choice["finish_reason"] == "length"
-        assert choice["message"] == {"role": "assistant", "content": text}
+        assert choice["message"] == {"role": "assistant", "content": text, "refusal": None}
         assert not any("tool_calls" in delta for delta in deltas(await post(tools=TOOLS, stream=True)))
 
 
