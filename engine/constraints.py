@@ -15,9 +15,11 @@ from dataclasses import dataclass
 
 from .api import TokenConstraint
 
-LATE_S = 0.006  # how long a step waits for one mask of a sequence whose masks have been quick
-UNPROVEN_S = 0.002  # and for all others together: the first mask of a sequence, and those of one that was slow lately
-_SLOW_S = 0.003  # of a thread's own time; a mask that takes so long has more like it to follow
+LATE_S = 0.006  # how long a step waits for sequences whose last masks were quick, and _QUICK_S for each of them
+UNPROVEN_S = 0.002  # and for all others: those that are new, and those whose last mask was long
+_QUICK_S = 0.0001  # three times what a usual mask takes, as cores may be busy
+_LONG_S = 0.0003  # of a thread's own time; in a short string, for which all the vocabulary is looked through, 0.0007
+_SLOW_S = 0.003  # a mask that takes so long has more like it to follow
 _MASKS_AS_SLOW = 64
 _STUCK_S = 0.001  # when a thread has been at one mask for so long, another one goes on with those behind it
 _FOREVER_S = -1.0  # as `Lock.acquire` has it
@@ -44,6 +46,7 @@ class ConstraintState:
     is_ready: bool = False
     is_late: bool = False  # a step goes on without its mask; the scheduler leaves the sequence out until it is there
     is_new: bool = True  # no mask of it has been computed yet
+    last_mask_s: float = 0.0  # of a thread's own time
     _num_masks_as_slow: int = 0  # that it is taken to be slow for
     _forced_token_ids: tuple[int, ...] = ()
     _untaken_token_ids: tuple[int, ...] = ()
@@ -54,9 +57,9 @@ class ConstraintState:
         return self._num_masks_as_slow > 0
 
     @property
-    def is_proven(self) -> bool:
+    def is_quick(self) -> bool:
         """Whether its last masks were quick, so that the next one probably is."""
-        return not self.is_new and not self.is_slow
+        return not self.is_new and not self.is_slow and self.last_mask_s <= _LONG_S
 
     @property
     def has_forced(self) -> bool:
@@ -86,8 +89,9 @@ class ConstraintState:
         begun_s = time.thread_time()
         if not (self._run(self._accept, patience_s) and self._run(self._compute, patience_s)):
             return False
-        is_costly = time.thread_time() - begun_s > _SLOW_S
-        self._num_masks_as_slow = _MASKS_AS_SLOW if is_costly else max(0, self._num_masks_as_slow - 1)
+        self.last_mask_s = time.thread_time() - begun_s
+        is_slow = self.last_mask_s > _SLOW_S
+        self._num_masks_as_slow = _MASKS_AS_SLOW if is_slow else max(0, self._num_masks_as_slow - 1)
         self.is_new = False
         self.is_ready = True
         return True
@@ -150,6 +154,7 @@ class MaskThreads:
         self._first_threads = ThreadPoolExecutor(_FIRST_THREADS, thread_name_prefix="lmdserve-first-masks")
         self._slow_thread = ThreadPoolExecutor(1, thread_name_prefix="lmdserve-slow-masks")
         self._late: set[ConstraintState] = set()
+        self._queues: list[_Queue] = []  # of states that no thread may have come to yet
         self._blocked: deque[ConstraintState] = deque()  # found with their locks held
         self._running: set[Future[None]] = set()  # what computes the late ones
 
@@ -160,7 +165,7 @@ class MaskThreads:
         been quick, the next one is then computed on the engine thread itself: handing over takes 50 to 100 us.
         """
         unready = [state for state in states if not state.is_ready and not state.is_late]
-        if is_alone and len(unready) == 1 and unready[0].is_proven and unready[0].prepare(patience_s=0.0):
+        if is_alone and len(unready) == 1 and unready[0].is_quick and unready[0].prepare(patience_s=0.0):
             return
         if unready:
             self._running |= self._prepare_beside(unready)
@@ -171,14 +176,14 @@ class MaskThreads:
 
     def note_ready(self) -> None:
         """Let those go on whose masks have come."""
-        self._running |= self._wait_for_locks()
+        self._running |= self._relieve()
         for state in [state for state in self._late if state.is_ready]:
             state.is_late = False
             self._late.remove(state)
 
     def wait_for_late(self) -> None:
         """Wait until one of the late masks may have come, if there are any, but no longer than a newcomer should."""
-        self._running = {future for future in self._running if not future.done()} | self._wait_for_locks()
+        self._running = {future for future in self._running if not future.done()} | self._relieve()
         if self._late and self._running:
             wait(self._running, timeout=LATE_S, return_when=FIRST_COMPLETED)
         self.note_ready()
@@ -191,30 +196,32 @@ class MaskThreads:
     def _prepare_beside(self, unready: list[ConstraintState]) -> set[Future[None]]:
         """Have threads prepare these; return what still runs when all are ready, or have been waited for."""
         begun_s = time.monotonic()
-        proven = [state for state in unready if state.is_proven]
-        queue = _Queue(proven, self._blocked)
-        first = _Queue([state for state in unready if state.is_new], self._blocked)
-        slow = _Queue([state for state in unready if state.is_slow], self._blocked)
-        pending = queue.hand_to(self._threads, 1) | first.hand_to(self._first_threads, _FIRST_THREADS)
-        pending |= slow.hand_to(self._slow_thread, 1)
+        new, slow = [state for state in unready if state.is_new], [state for state in unready if state.is_slow]
+        quick = [state for state in unready if state.is_quick]
+        long = [state for state in unready if not (state.is_new or state.is_slow or state.is_quick)]
+        patience_s = LATE_S + _QUICK_S * len(quick)
+        queues = [_Queue(quick, self._blocked), _Queue(long, self._blocked)]
+        pending = queues[0].hand_to(self._threads, 1) | queues[1].hand_to(self._threads, 1)
+        self._queues += queues
+        pending |= _Queue(new, self._blocked).hand_to(self._first_threads, _FIRST_THREADS)
+        pending |= _Queue(slow, self._blocked).hand_to(self._slow_thread, 1)
         while True:
             _, pending = wait(pending, timeout=_STUCK_S)
-            pending |= self._wait_for_locks()
-            if not pending:
+            pending |= self._relieve()
+            waited_s = time.monotonic() - begun_s
+            is_over = waited_s > patience_s or (waited_s > UNPROVEN_S and all(state.is_ready for state in quick))
+            if not pending or (is_over and all(state.is_ready or state.may_be_late for state in unready)):
                 return pending
-            stuck_s = time.monotonic() - queue.last_begun_s
-            is_over = stuck_s > LATE_S or all(state.is_ready for state in proven)
-            is_over = is_over and time.monotonic() - begun_s > UNPROVEN_S
-            if is_over and all(state.is_ready or state.may_be_late for state in unready):
-                return pending
-            if stuck_s > _STUCK_S:
-                pending |= queue.hand_to(self._threads, 1)
 
-    def _wait_for_locks(self) -> set[Future[None]]:
-        """Have the slow thread prepare those whose locks were held; the threads for quick ones wait for no lock."""
+    def _relieve(self) -> set[Future[None]]:
+        """Have another thread go on where one is stuck, and the slow one wait for the locks that were held."""
         futures: set[Future[None]] = set()
         while self._blocked:
             futures.add(self._slow_thread.submit(_prepare, self._blocked.popleft()))
+        self._queues = [queue for queue in self._queues if queue]
+        for queue in self._queues:
+            if time.monotonic() - queue.last_begun_s > _STUCK_S:
+                futures |= queue.hand_to(self._threads, 1)
         return futures
 
 
@@ -225,6 +232,9 @@ class _Queue:
         self._states = deque(states)
         self._blocked = blocked
         self.last_begun_s = time.monotonic()
+
+    def __len__(self) -> int:
+        return len(self._states)
 
     def hand_to(self, threads: ThreadPoolExecutor, most: int) -> set[Future[None]]:
         """Have up to so many threads more work on what is left."""
