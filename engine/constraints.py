@@ -24,7 +24,7 @@ _MASKS_AS_SLOW = 64
 _STUCK_S = 0.001  # when a thread has been at one mask for so long, another one goes on with those behind it
 _FOREVER_S = -1.0  # as `Lock.acquire` has it
 _MOST_THREADS = 8
-_FIRST_THREADS = 2
+_FIRST_THREADS = 2  # for those that are new
 
 
 @dataclass(slots=True, eq=False)
@@ -144,9 +144,9 @@ class ConstraintState:
 class MaskThreads:
     """Prepares constraints beside the engine thread, which alone calls it.
 
-    One thread does so for all that are proven to be quick: what native code does without Python's lock is too short for
-    a second one to gain much (with 256 sequences 27 us each in place of 34, with 32 nothing), and it makes the event
-    loop late. Others take over while it is stuck. What is not proven has threads of its own.
+    One thread does so for all that are quick: what native code does without Python's lock is too short for a second one
+    to gain much (with 256 sequences 27 us each in place of 34, with 32 nothing), and it makes the event loop late. Another
+    one takes over while it is stuck. What is new, long or slow is done beside it.
     """
 
     def __init__(self) -> None:
@@ -176,14 +176,14 @@ class MaskThreads:
 
     def note_ready(self) -> None:
         """Let those go on whose masks have come."""
-        self._running |= self._relieve()
+        self._running = {future for future in self._running if not future.done()} | self._relieve()
         for state in [state for state in self._late if state.is_ready]:
             state.is_late = False
             self._late.remove(state)
 
     def wait_for_late(self) -> None:
         """Wait until one of the late masks may have come, if there are any, but no longer than a newcomer should."""
-        self._running = {future for future in self._running if not future.done()} | self._relieve()
+        self.note_ready()
         if self._late and self._running:
             wait(self._running, timeout=LATE_S, return_when=FIRST_COMPLETED)
         self.note_ready()
