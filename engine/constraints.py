@@ -145,8 +145,8 @@ class MaskThreads:
     """Prepares constraints beside the engine thread, which alone calls it.
 
     One thread does so for all that are quick: what native code does without Python's lock is too short for a second one
-    to gain much (with 256 sequences 27 us each in place of 34, with 32 nothing), and it makes the event loop late. Another
-    one takes over while it is stuck. What is new, long or slow is done beside it.
+    to gain much (with 256 sequences 27 us each in place of 34, with 32 nothing), and it makes the event loop late.
+    Another one takes over while it is stuck. What is new, long or slow is done beside it.
     """
 
     def __init__(self) -> None:
