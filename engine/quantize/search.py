@@ -17,7 +17,7 @@ _SMALLEST_SCALE = 1e-4
 _SMALLEST_MAGNITUDE = 1e-6
 # What both ends of a group's range are multiplied by, each a candidate: 1, 0.95 .. 0.5.
 _CLIPS = tuple(1 - step / 20 for step in range(11))
-# By how much of the full range each end of the best one then moves alone. This took 14 % off the demo model's divergence
+# By how much of the full range each end of the best one then moves alone. It took 14 % off the demo model's divergence,
 # and 2.7 % off that of a model of prose, where all combinations of nine clips for both ends took 3.3 %.
 _MOVES = tuple(move for step in (0.05, -0.05, 0.1, -0.1) for move in ((step, 0.0), (0.0, step)))
 _CHUNK_WEIGHTS = 2**26  # of a weight in the search of ranges, which takes six copies of a chunk in float32
