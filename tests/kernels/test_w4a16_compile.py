@@ -89,7 +89,8 @@ def test_the_kernel_for_hopper_compiles(operation: Operation, tile: HopperTile) 
     constexprs = {
         "BLOCK_M": tile.block_m, "GROUPS": tile.num_groups, "STAGES": tile.num_stages,
         "SCALES_AFTER": tile.scales_after, "GROUPED_ROWS": tile.grouped_rows, "OPERATION": operation.value,
-        "IS_SPLIT": operation is Operation.ADD, "HAS_BIAS": True, "GROUP_REGISTERS": group_registers, "PDL": True,
+        "IS_SYNCHRONOUS": tile.block_m == 8 and operation is not Operation.ADD, "HAS_BIAS": True,
+        "GROUP_REGISTERS": group_registers, "PDL": True,
     }  # fmt: skip
     compiled = compile_kernel(_hopper_kernel, signature, constexprs, 90, num_warps=4, maxnreg=registers)
     assert_fits(compiled)
