@@ -56,6 +56,8 @@ def main() -> None:
     print(f"vocabulary {tokenizer.vocab_size}; first grammar, with the tokenizer's tables: {compile_s[0] * 1e3:.0f} ms")
     print("| what | number | p50 | p90 | p99 | max |\n|---|---|---|---|---|---|")
     _print_row("compile, ms", compile_s[1:], 1e3)
+    gc.collect()
+    gc.freeze()  # as the server does
     all_rules = [ReplyRules(sets=sets, answer=grammar) for grammar in grammars]
     times = [list(_follow(rules, random.Random(index))) for index, rules in enumerate(all_rules)]
     _print_row("first mask, us", [reply[0].mask_s for reply in times], 1e6)
@@ -63,8 +65,6 @@ def main() -> None:
     _print_row("forced tokens, us", [token.forced_s for reply in times for token in reply[1:]], 1e6)
     _print_row("accept, us", [token.accept_s for reply in times for token in reply], 1e6)
     notes = []
-    gc.collect()
-    gc.freeze()  # as the server does
     for size in BATCH_SIZES:
         cpu_s = -time.process_time()
         steps, held_s = asyncio.run(_step_all(all_rules, size))
