@@ -8,7 +8,7 @@ import pytest
 import torch
 from engine_runs import DEMO, Answer, chat_prompts, common_prefix_share, greedy, make_requests, run_engine
 
-from lmdserve.engine import loop
+from lmdserve.engine import load_engine
 from lmdserve.engine.api import SamplingParams
 from lmdserve.engine.config import Device, EngineConfig, QuantPolicy
 from lmdserve.engine.sequence import Sequence as LiveSequence
@@ -54,7 +54,7 @@ def run_twice(
     )
     plain = run_engine(replace(config, speculate="off"), make_requests(prompts, sampling))
     answers = {tuple(p): answer.token_ids for p, answer in zip(prompts, plain.rounds[0], strict=True)}
-    monkeypatch.setattr(loop, "NgramProposer", lambda num_draft_tokens: Guesses(answers, num_draft_tokens))
+    monkeypatch.setattr(load_engine, "NgramProposer", lambda num_draft_tokens: Guesses(answers, num_draft_tokens))
     guessed = run_engine(config, make_requests(prompts, sampling))
     assert plain.stats.drafted_tokens_total == 0
     assert 20 < guessed.stats.accepted_tokens_total < guessed.stats.drafted_tokens_total
