@@ -3,8 +3,8 @@
 Owns no kernel. With programmatic dependent launch (Hopper and later) a kernel may start while the one before it in the
 stream still runs. A kernel launched so waits before it touches anything an earlier kernel wrote, and lets the next one
 start once its main loop is done: starting it earlier made a chain of decoder layers 3 to 55 % slower on an H200,
-because the waiting programs hold the places of the running ones. Attention, the norm of one row and the narrowest tiles
-of w4a16_hopper.py release it earlier, where that was measured to be faster.
+because the waiting programs hold the places of the running ones. Attention, the norm of one row and long products of
+few rows (w4a16_hopper.py) let it start earlier, where that was measured to be faster.
 """
 
 import threading

@@ -33,12 +33,12 @@ from .w4a16_tiles import (
 _REGISTERS = 65536  # of a processor
 _FETCHING_REGISTERS = gl.constexpr(24)
 _MOST_REGISTERS = 240
-# Programs of the narrowest tile let the next kernel start halfway: some processors hold fewer of them and are done a
-# third earlier, and there the next product's programs fetch their weights meanwhile. A decode step of InternLM2.5-7B
-# takes 1.74 ms instead of 1.83 for one row on an H200, and 1.91 instead of 1.98 for eight.
-_FEW_ROWS = gl.constexpr(8)
-# From so many rounds a program on its products are mma.sync's, which nobody waits for: 1.82 ms a step instead of 1.85
-# with gate and up, 32 rounds, and as much more with queries, keys and values, 6 rounds.
+# Products of up to 8 rows whose programs take so many rounds are mma.sync's, which nobody waits for: a decode step of
+# InternLM2.5-7B takes 1.82 ms instead of 1.85 on an H200 with gate and up, 32 rounds, and 1.83 with queries, keys and
+# values, 6 rounds, too. They let the next kernel start halfway: some processors hold fewer programs, are done a third
+# earlier, and there the next product's fetch their weights meanwhile: 1.73 ms instead of 1.77, for four rows 1.80
+# instead of 1.83.
+_FEW_ROWS = 8
 _FEWEST_SYNCHRONOUS_ROUNDS = 8
 _RECORD_WORDS = WORDS_PER_RECORD + RECORD_ROWS
 _X_LAYOUT = gl.NVMMASharedLayout(128, 16, rank=2)
@@ -176,7 +176,7 @@ def _multiply(  # type: ignore[no-untyped-def]
     nothing = gl.zeros([64, BLOCK_M], gl.float32, RESULT)
     for i in range(num_rounds):
         stage = i % STAGES
-        if BLOCK_M == _FEW_ROWS and i == num_rounds // 2:
+        if IS_SYNCHRONOUS and i == num_rounds // 2:
             _release_next_kernel(PDL)
         mbarrier.wait(full.index(stage), (i // STAGES) & 1)
         words = word_ring.index(stage * GROUPS + group).load(_WORDS)
@@ -401,7 +401,7 @@ def _describe(records: torch.Tensor) -> tuple[TensorDescriptor, TensorDescriptor
 
 def _is_synchronous(weight: PackedWeight, tile: HopperTile) -> bool:
     rounds = weight.in_features // RECORD_INPUTS // tile.num_splits
-    return tile.block_m == _FEW_ROWS.value and rounds >= _FEWEST_SYNCHRONOUS_ROUNDS
+    return tile.block_m == _FEW_ROWS and rounds >= _FEWEST_SYNCHRONOUS_ROUNDS
 
 
 def _registers(tile: HopperTile) -> tuple[int, int]:
