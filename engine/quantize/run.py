@@ -36,6 +36,7 @@ from .source import SourceModel
 from .text import Encode, EncodeChat, TokenSource, calibration_windows, evaluation_windows, held_out_text, read_text
 from .writer import layer_tensors, needed_bytes, write_checkpoint
 
+_SEARCH_VERSION = 2  # counted up when the same model, text and options give other bytes
 _BATCH_TOKENS = {"cuda": 8192, "cpu": 1}
 # A 7B model takes 10 s for as many on an H200, the demo 50 s on two cores, where the search takes 41.
 _EVALUATED_TOKENS = {"cuda": 16384, "cpu": 8192}
@@ -183,6 +184,7 @@ class _Run:
         text = "none" if windows is None else hashlib.sha256(save({"windows": windows})).hexdigest()
         identity = {
             **options,
+            "search": _SEARCH_VERSION,
             "model": self._source.fingerprint(),
             "text": text,
             "computed in": f"{self._compute_dtype} on {self._device.type}",

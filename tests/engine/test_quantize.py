@@ -15,7 +15,7 @@ from lmdserve.engine import checkpoint_writer
 from lmdserve.engine.api import ConfigError
 from lmdserve.engine.loader import load_model
 from lmdserve.engine.model_config import ModelConfig
-from lmdserve.engine.quantize import awq
+from lmdserve.engine.quantize import awq, run
 from lmdserve.engine.quantize.evaluation import evaluate
 from lmdserve.engine.quantize.report import read_report
 from lmdserve.engine.quantize.text import evaluation_windows, read_text
@@ -159,7 +159,7 @@ def test_the_searches_lose_less_than_rounding_to_nearest(tmp_path: Path) -> None
     assert errors["without text"] == errors["nearest"]
 
 
-def test_an_interrupted_run_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
+def test_an_interrupted_run_goes_on_to_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = checkpoint(case_named("qwen2"), tmp_path / "source")
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     quantize_folder(source, whole, **OPTIONS)
@@ -170,6 +170,10 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
         quantize_folder(source, parts, **OPTIONS)
     with pytest.raises(ConfigError, match=r"w_sym was False and is True.*--overwrite"):
         quantize_folder(source, parts, **OPTIONS, w_sym=True, resume=True)
+    with monkeypatch.context() as later:
+        later.setattr(run, "_SEARCH_VERSION", 1000)
+        with pytest.raises(ConfigError, match=r"search was \d+ and is 1000"):
+            quantize_folder(source, parts, **OPTIONS, resume=True)
     with pytest.raises(Interrupted):
         quantize_folder(source, parts, **OPTIONS, resume=True, overwrite=True, interrupt_at_layer=1)
     for _ in range(2):  # to the end, and once more: whoever asked may not have heard that it had ended
