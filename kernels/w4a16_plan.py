@@ -20,7 +20,7 @@ from .w4a16_tiles import RECORD_INPUTS, PackedWeight
 # Rows are counted in buckets, each with its own tile; above the last one all counts share the last one's.
 ROW_BUCKETS = (1, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 1024, 4096)
 # Each entry is the fastest alone (w4a16_tune.py), but for sums of a few rows by Hopper's kernel: those are the fastest
-# in a decode step, where they fetch their weights while another kernel still runs. 4096x11008 is by analogy.
+# in a decode step, where they fetch their weights while another kernel still runs.
 _SHIPPED = Path(__file__).parent / "tuning"
 
 
