@@ -6,7 +6,11 @@ from typing import Any
 
 import aiohttp
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from server_fakes import VOCAB_SIZE, FakeEngine, chat_body
+
+from lmdserve.server import parsing
 
 JSON = "application/json"
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
@@ -300,9 +304,31 @@ async def test_what_would_take_long_to_read_is_refused_unread(
 
 
 async def test_a_long_text_full_of_brackets_is_read(session: aiohttp.ClientSession, url: str) -> None:
-    text = "if (a[i] > 0) { b[i] = a[i]; }\n" * 20_000
-    status, reply = await post(session, url + CHAT, json.dumps(chat_body(messages=[user(text)])).encode())
+    text = r"""if (a[i] == "\"" || a[i] == "[\\") { b[i] = a[i]; }""" * 60_000
+    body = io.BytesIO(json.dumps(chat_body(messages=[user(text)])).encode())
+    status, reply = await post(session, url + CHAT, body)
     assert status == 200 or reply["error"]["code"] == "context_length_exceeded"
+
+
+def _containers_in(value: Any) -> int:
+    if isinstance(value, dict):
+        return 1 + sum(map(_containers_in, value.values()))
+    return 1 + sum(map(_containers_in, value)) if isinstance(value, list) else 0
+
+
+_TEXTS = st.text('[]{}"\\a,', max_size=6)
+
+
+@given(
+    value=st.recursive(_TEXTS | st.integers(), lambda inner: st.lists(inner) | st.dictionaries(_TEXTS, inner)),
+    piece=st.integers(1, 9),
+)
+def test_lists_and_objects_are_counted_and_brackets_in_texts_are_not(value: Any, piece: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parsing, "_COUNTED_BYTES", piece)
+        body, num = json.dumps(value).encode(), _containers_in(value)
+        assert parsing._has_more_containers(body, num - 1)
+        assert not parsing._has_more_containers(body, num)
 
 
 @pytest.mark.parametrize(
