@@ -14,6 +14,7 @@ import aiohttp
 import pytest
 from safetensors.torch import load_file, save_file
 from server_process import ServerProcess
+from streamed_answer import streamed_answer
 
 import lmdserve
 
@@ -61,16 +62,7 @@ class Client:
         return state
 
     async def answer(self, index: int) -> str:
-        """Return a greedy answer that was streamed to its whole length."""
-        body = {"messages": [{"role": "user", "content": f"Tell me about the number {index}"}], "max_tokens": 24,
-                "temperature": 0, "ignore_eos": True, "stream": True}  # fmt: skip
-        async with self._session.post(f"{self._url}/v1/chat/completions", json=body) as reply:
-            assert reply.status == 200, await reply.text()
-            lines = [line[6:].strip() async for line in reply.content if line.startswith(b"data: ")]
-        assert lines[-1] == b"[DONE]"
-        choices = [json.loads(line)["choices"][0] for line in lines[:-1]]
-        assert choices[-1]["finish_reason"] == "length"
-        return "".join(choice["delta"].get("content") or "" for choice in choices)
+        return await streamed_answer(self._session, self._url, index, max_tokens=24)
 
     async def answers(self) -> list[str]:
         """Return the answers that the weights give that serve now."""

@@ -5,7 +5,6 @@ answer alone, whatever was swapped or computed beside it.
 """
 
 import asyncio
-import json
 import shutil
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -17,6 +16,7 @@ import pytest
 import torch
 from admin_fakes import AdminServer
 from engine_runs import DEMO, benchmark_script
+from streamed_answer import streamed_answer
 
 from lmdserve.engine.config import EngineConfig
 from lmdserve.server.app import build, listening
@@ -62,16 +62,7 @@ async def server_of(models_dir: Path, model: str) -> AsyncIterator[AdminServer]:
 
 
 async def answer(server: AdminServer, index: int) -> str:
-    """Return a greedy answer that was streamed to its whole length."""
-    body = {"messages": [{"role": "user", "content": f"Tell me about the number {index}"}], "max_tokens": NUM_TOKENS,
-            "temperature": 0, "ignore_eos": True, "stream": True}  # fmt: skip
-    async with server.session.post(f"{server.url}/v1/chat/completions", json=body) as reply:
-        assert reply.status == 200, await reply.text()
-        lines = [line[6:].strip() async for line in reply.content if line.startswith(b"data: ")]
-    assert lines[-1] == b"[DONE]"
-    choices = [json.loads(line)["choices"][0] for line in lines[:-1]]
-    assert choices[-1]["finish_reason"] == "length"
-    return "".join(choice["delta"].get("content") or "" for choice in choices)
+    return await streamed_answer(server.session, server.url, index, max_tokens=NUM_TOKENS)
 
 
 async def answers(server: AdminServer) -> list[str]:
